@@ -1,0 +1,38 @@
+# Two commands set up everything from nothing: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test bench lint gpu clean
+
+# torch first and alone, by the constraints file: a wider range would fetch gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt ctp_kernels/_build.py $(wildcard csrc/*.h csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e ".[test,bench,dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/ctp demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench/ --benchmark
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# On a machine with a GPU where Python, torch and triton are installed already; needs no network.
+gpu:
+	$(PYTHON) -m ctp_kernels._build
+	$(PYTHON) -m pytest tests -m gpu
+	$(PYTHON) -m pytest bench/ --benchmark -k gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ctp_kernels/lib runs

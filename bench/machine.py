@@ -1,0 +1,79 @@
+"""What the benchmarks run on: its name, and its two roofs, measured."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """name: the processor; threads: torch's; gb_per_s and gflop_per_s: measured by reading 512 MB, by fp32 matmul."""
+
+    name: str
+    device: str
+    threads: int
+    gb_per_s: float
+    gflop_per_s: float
+    torch: str
+    python: str
+
+    @property
+    def folder(self) -> Path:
+        """Where results of this machine go: bench/results/<name>-<threads>t."""
+        slug = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+        return RESULTS / (slug if self.device == "cuda" else f"{slug}-{self.threads}t")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(call: Callable[[], object], device: str, repeats: int = 5) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        begun = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+@cache
+def machine(device: str) -> Machine:
+    """Name the machine and measure its roofs; takes about two seconds on two cores."""
+    big = torch.ones(128 * 2**20, device=device)
+    bandwidth = big.nbytes / median_seconds(lambda: big.sum(), device) / 1e9
+    side = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    flops = 2 * side**3 / median_seconds(lambda: a @ b, device) / 1e9
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return Machine(
+        name, device, torch.get_num_threads(), round(bandwidth, 1), round(flops, 1), torch.__version__,
+        platform.python_version(),
+    )  # fmt: skip
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        if found:
+            return re.sub(r"\((R|TM)\)", "", found[1]).strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,72 @@
+"""Pictures of the benchmark records. Reads CSV only: python -m bench.plot bench/results/<device>"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_all(folder: Path) -> list[Path]:
+    """Draw what the folder holds; returns the pictures."""
+    written = []
+    if (folder / "kernels.csv").exists():
+        written.append(plot_kernels(read(folder / "kernels.csv"), folder / "kernels.png"))
+    if (folder / "prompt_length.csv").exists():
+        written.append(plot_prompt_length(read(folder / "prompt_length.csv"), folder / "prompt_length.png"))
+    return written
+
+
+def plot_kernels(rows: list[dict[str, str]], path: Path) -> Path:
+    """Speed over dense versus rows, one panel per shape and direction."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        panel = f"{row['direction']}, N x K = {row['n']} x {row['k']}"
+        panels[panel][row["format"]].append((int(row["rows"]), float(row["speedup"])))
+    figure, axes = _figure(len(panels))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="rows of x", ylabel="speed, dense = 1", xscale="log", yscale="log")
+    axes[0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def plot_prompt_length(rows: list[dict[str, str]], path: Path) -> Path:
+    """Latency versus prompt length, one panel per text length."""
+    panels: dict[int, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        label = f"{row['format']}, {row['mode']}"
+        panels[int(row["length"])][label].append((int(row["prompt_tokens"]), float(row["ms"])))
+    figure, axes = _figure(len(panels))
+    for axis, (length, lines) in zip(axes, sorted(panels.items()), strict=True):
+        for label, points in lines.items():
+            style = "-" if "kept" in label else "--"
+            axis.plot(*zip(*sorted(points), strict=True), style, marker="o", label=label)
+        axis.set(title=f"{length} tokens of text", xlabel="prompt tokens", ylabel="ms", ylim=(0, None))
+    axes[0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def _figure(panels: int):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+
+
+def _save(figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    for picture in plot_all(Path(sys.argv[1])):
+        print(picture)

@@ -1,0 +1,120 @@
+// The C interface of libctp_cpu: checks, and the choice of instruction set at run time.
+
+#include <stdlib.h>
+
+#include "kernels.h"
+
+namespace ctp {
+namespace {
+
+struct Arena {
+  float* memory = nullptr;
+  size_t floats = 0;
+  ~Arena() { free(memory); }
+};
+thread_local Arena arena;
+
+bool runs_here(int32_t isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // Every processor with AVX2 has F16C, POPCNT and BMI too; compilers do not all know those names here.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == CTP_AVX2) return avx2;
+  if (isa == CTP_AVX512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return isa == CTP_BASELINE;
+}
+
+int32_t best_isa() { return runs_here(CTP_AVX512) ? CTP_AVX512 : runs_here(CTP_AVX2) ? CTP_AVX2 : CTP_BASELINE; }
+
+int32_t chosen_isa = best_isa();
+
+int run(const Job& job, int threads) {
+#if defined(__x86_64__)
+  if (chosen_isa == CTP_AVX512) return avx512::run(job, threads);
+  if (chosen_isa == CTP_AVX2) return avx2::run(job, threads);
+#endif
+  return baseline::run(job, threads);
+}
+
+bool sound(const ctp_weight& w) {
+  if (w.n < 1 || w.k < 1 || w.pattern < CTP_DENSE || w.pattern > CTP_UNSTRUCTURED) return false;
+  if (w.values < CTP_FP32 || w.values > CTP_INT2) return false;
+  if (w.pattern != CTP_DENSE && !w.mask) return false;
+  if (w.pattern == CTP_SPARSE24 && w.k % 4) return false;
+  if (w.pattern == CTP_UNSTRUCTURED) {
+    if (!w.row_offsets) return false;
+  } else if (!w.stored || (w.values == CTP_INT3 && !w.stored_hi)) {
+    return false;  // only an unstructured weight may have no entries, and then no buffer
+  }
+  if (w.values < CTP_INT8) return true;
+  if (!w.scales || (w.scale_dtype != CTP_FP32 && w.scale_dtype != CTP_FP16)) return false;
+  return w.group > 0 && (w.group % 8 == 0 || w.group >= w.k) && (w.symmetric || w.zeros);
+}
+
+int checked_run(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
+                int32_t dtype, int32_t threads, bool transposed) {
+  if (!weight || !sound(*weight) || m < 0 || dtype < CTP_FP32 || dtype > CTP_BF16 || threads < 1)
+    return CTP_BAD_ARGUMENT;
+  if (m == 0) return CTP_OK;
+  if (!x || !y) return CTP_BAD_ARGUMENT;
+  Job job{{*weight, 0}, x, ldx, m, bias, y, dtype, transposed};
+  if (weight->values >= CTP_INT8) job.weight.groups = (weight->k + weight->group - 1) / weight->group;
+  return run(job, threads);
+}
+
+}  // namespace
+
+float* scratch(size_t floats) {
+  if (floats > arena.floats) {
+    free(arena.memory);
+    arena.floats = 0;
+    void* memory = nullptr;
+    arena.memory = posix_memalign(&memory, 64, floats * sizeof(float)) == 0 ? (float*)memory : nullptr;
+    if (arena.memory) arena.floats = floats;
+  }
+  return arena.memory;
+}
+
+}  // namespace ctp
+
+int ctp_cpu_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
+                   int32_t dtype, int32_t threads) {
+  return ctp::checked_run(weight, x, ldx, m, bias, y, dtype, threads, false);
+}
+
+int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,
+                     int32_t threads) {
+  return ctp::checked_run(weight, dy, lddy, m, nullptr, dx, dtype, threads, true);
+}
+
+uint32_t ctp_cpu_abi(void) { return CTP_ABI; }
+
+const char* ctp_cpu_isa(void) {
+  return ctp::chosen_isa == CTP_AVX512 ? "avx512" : ctp::chosen_isa == CTP_AVX2 ? "avx2" : "baseline";
+}
+
+int ctp_cpu_set_isa(int32_t isa) {
+  if (isa < CTP_BEST || isa > CTP_AVX512) return CTP_BAD_ARGUMENT;
+  if (isa == CTP_BEST) isa = ctp::best_isa();
+  if (!ctp::runs_here(isa)) return CTP_UNSUPPORTED_ISA;
+  ctp::chosen_isa = isa;
+  return CTP_OK;
+}
+
+const char* ctp_cpu_status_string(int status) {
+  switch (status) {
+    case CTP_OK:
+      return "no error";
+    case CTP_BAD_ARGUMENT:
+      return "an argument is out of range";
+    case CTP_UNSUPPORTED_ISA:
+      return "this processor lacks the instruction set asked for";
+    case CTP_OUT_OF_MEMORY:
+      return "out of memory for scratch";
+    default:
+      return "unknown status";
+  }
+}

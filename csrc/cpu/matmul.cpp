@@ -1,0 +1,356 @@
+// y = x W^T + bias and dx = dy W, compiled once for each instruction set as namespace ctp::CTP_ISA.
+//
+// One row of x: each row of W is decoded and multiplied in registers. A few rows: four rows of W are decoded into L1
+// and multiplied as dot products. Many rows: a panel of W is decoded into L2, laid out as (depth, columns), where
+// depth and columns are (k, n) forward and (n, k) for dx; one register-tiled kernel C += A P serves both.
+// Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
+
+#include "kernels.h"
+#include "patterns.h"
+#include "simd.h"
+
+namespace {
+
+using ctp::Job;
+
+constexpr int64_t kDotChunk = 512;             // inputs: four decoded rows and the rows of x stay in L1
+constexpr int64_t kDotStride = kDotChunk + W;  // a group's last lanes may be stored past the chunk
+constexpr int64_t kRowChunk = 2048;            // inputs: the unpacked entries of a chunk stay in L1
+constexpr int64_t kDepth = 256;                // depth of a panel: kDepth x kTile floats of it stay in L1
+constexpr int64_t kWidth = 256;                // columns of a panel
+constexpr int64_t kBlock = 512;  // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
+constexpr int64_t kTile = kVectors * W;
+constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
+constexpr double kSmall = 1 << 20;        // multiplications below which waking threads costs more than it gains
+
+// ---- Sinks: what happens to decoded lanes -------------------------------------------------------------------------
+
+struct Store {
+  float* out;
+  void operator()(int64_t k, vf v, int) const { store(out + k, v); }
+};
+
+struct Dot {
+  const float* x;
+  vf sums[4];
+  void operator()(int64_t k, vf v, int i) { sums[i] = fma(v, load(x + k), sums[i]); }
+};
+
+// ---- The decoders, composed for every pattern and kind of value ---------------------------------------------------
+
+struct Decoder {
+  // out[0 .. k1 - k0) = W[row, k0 .. k1), then zeros up to a multiple of W
+  int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, float* out);
+  // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W
+  float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
+  int64_t (*start)(const Weight&, int64_t row, int64_t k);
+};
+
+template <class Pattern, class Values>
+struct Composed {
+  static int64_t decode_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare,
+                            float* out) {
+    Store sink{out - k0};
+    return decode<Pattern, Values>(w, row, k0, k1, slot, spare, sink);
+  }
+  static float dot_row(const Weight& w, int64_t row, const float* x, float* spare) {
+    Dot sink{x, {zero(), zero(), zero(), zero()}};
+    int64_t slot = Pattern::start(w, row, 0);
+    for (int64_t k = 0; k < w.k; k += kRowChunk)
+      slot = decode<Pattern, Values>(w, row, k, least(k + kRowChunk, w.k), slot, spare, sink);
+    return sum(add(add(sink.sums[0], sink.sums[1]), add(sink.sums[2], sink.sums[3])));
+  }
+  static constexpr Decoder kDecoder = {decode_row, dot_row, Pattern::start};
+};
+
+template <class Pattern>
+const Decoder& decoder_of(int32_t values) {
+  switch (values) {
+    case CTP_FP32:
+      return Composed<Pattern, Floating<CTP_FP32>>::kDecoder;
+    case CTP_FP16:
+      return Composed<Pattern, Floating<CTP_FP16>>::kDecoder;
+    case CTP_BF16:
+      return Composed<Pattern, Floating<CTP_BF16>>::kDecoder;
+    case CTP_INT8:
+      return Composed<Pattern, Coded<8>>::kDecoder;
+    case CTP_INT4:
+      return Composed<Pattern, Coded<4>>::kDecoder;
+    case CTP_INT3:
+      return Composed<Pattern, Coded<3>>::kDecoder;
+    default:
+      return Composed<Pattern, Coded<2>>::kDecoder;
+  }
+}
+
+const Decoder& decoder_of(const Weight& w) {
+  switch (w.pattern) {
+    case CTP_DENSE:
+      return decoder_of<Dense>(w.values);
+    case CTP_SPARSE24:
+      return decoder_of<Sparse24>(w.values);
+    default:
+      return decoder_of<Unstructured>(w.values);
+  }
+}
+
+// ---- Activations in and out ---------------------------------------------------------------------------------------
+
+inline int64_t size_of(int32_t dtype) { return dtype == CTP_FP32 ? 4 : 2; }
+
+inline vf widen(const void* p, int32_t dtype) {
+  if (dtype == CTP_FP32) return load((const float*)p);
+  return dtype == CTP_FP16 ? from_fp16<W>((const uint16_t*)p) : from_bf16<W>((const uint16_t*)p);
+}
+
+inline void narrow(void* p, int32_t dtype, vf v) {
+  if (dtype == CTP_FP32) return store((float*)p, v);
+  dtype == CTP_FP16 ? to_fp16((uint16_t*)p, v) : to_bf16((uint16_t*)p, v);
+}
+
+// The lanes at p, of which only `count` < W are there.
+inline vf widen_some(const void* p, int32_t dtype, int64_t count) {
+  char lanes[4 * W] = {};
+  memcpy(lanes, p, (size_t)(count * size_of(dtype)));
+  return widen(lanes, dtype);
+}
+
+// out[0 .. count) = row[0 .. count) in fp32, then zeros up to a multiple of W.
+void read_row(const void* row, int32_t dtype, int64_t count, float* out) {
+  const char* p = (const char*)row;
+  const int64_t step = W * size_of(dtype);
+  int64_t i = 0;
+  for (; i + W <= count; i += W, p += step) store(out + i, widen(p, dtype));
+  if (i < count) store(out + i, widen_some(p, dtype, count - i));
+}
+
+// y[row, column .. column + count) = sums + bias, rounded once.
+void write_row(const Job& job, int64_t row, int64_t column, int64_t count, const float* sums) {
+  const int64_t size = size_of(job.dtype);
+  char* y = (char*)job.y + (row * job.columns() + column) * size;
+  const char* bias = job.bias ? (const char*)job.bias + column * size : nullptr;
+  for (; count > 0; count -= W, sums += W, y += W * size) {
+    vf v = count >= W ? load(sums) : widen_some(sums, CTP_FP32, count);
+    if (bias) {
+      v = add(v, count >= W ? widen(bias, job.dtype) : widen_some(bias, job.dtype, count));
+      bias += W * size;
+    }
+    if (count >= W) {
+      narrow(y, job.dtype, v);
+    } else {
+      char lanes[4 * W];
+      narrow(lanes, job.dtype, v);
+      memcpy(y, lanes, (size_t)(count * size));
+    }
+  }
+}
+
+inline const void* x_at(const Job& job, int64_t row, int64_t column) {
+  return (const char*)job.x + (row * job.ldx + column) * size_of(job.dtype);
+}
+
+// ---- Few rows: dot products ---------------------------------------------------------------------------------------
+
+struct Part {
+  int64_t row0, row1, column0, column1;  // of y
+};
+
+// sums[i * 4 + j] += x row i . w row j, for kM rows of x and 4 of w
+template <int kM>
+void dot_tile(const float* x, int64_t ldx, const float* w, int64_t length, float* sums) {
+  vf acc[kM][4];
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < 4; ++j) acc[i][j] = zero();
+  for (int64_t k = 0; k < length; k += W) {
+    vf lanes[kM];
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) lanes[i] = load(x + i * ldx + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < 4; ++j) {
+      const vf column = load(w + j * kDotStride + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < kM; ++i) acc[i][j] = fma(lanes[i], column, acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i) sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], sums + 4 * i);
+}
+
+// Floats between rows of x: zeros as far as the lanes of a short last group reach.
+inline int64_t padded_inputs(const Weight& w) { return round_up(w.k, W) + W; }
+
+int64_t dot_floats(const Job& job) {
+  const int64_t padded = padded_inputs(job.weight);
+  return job.m * padded + 4 * kDotStride + 4 * job.m + W + spare_floats(kRowChunk);
+}
+
+void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
+  const Weight& w = job.weight;
+  const int64_t padded = padded_inputs(w);
+  float *x = scratch, *rows = x + job.m * padded, *sums = rows + 4 * kDotStride, *spare = sums + 4 * job.m + W;
+  for (int64_t i = 0; i < job.m; ++i) {
+    store(x + (i + 1) * padded - W, zero());
+    read_row(x_at(job, i, 0), job.dtype, w.k, x + i * padded);
+  }
+  for (int64_t n = part.column0; n < part.column1; n += 4) {
+    const int count = (int)least(4, part.column1 - n);
+    if (job.m == 1) {
+      for (int j = 0; j < count; ++j) sums[j] = decoder.dot(w, n + j, x, spare);
+      write_row(job, 0, n, count, sums);
+      continue;
+    }
+    int64_t slots[4];
+    for (int j = 0; j < count; ++j) slots[j] = decoder.start(w, n + j, 0);
+    memset(rows, 0, sizeof(float) * (size_t)(4 * kDotStride));
+    memset(sums, 0, sizeof(float) * (size_t)(4 * job.m));
+    for (int64_t k = 0; k < w.k; k += kDotChunk) {
+      const int64_t end = least(k + kDotChunk, w.k), length = round_up(end - k, W);
+      for (int j = 0; j < count; ++j)
+        slots[j] = decoder.decode(w, n + j, k, end, slots[j], spare, rows + j * kDotStride);
+      int64_t i = 0;
+      for (; i + kDotRows <= job.m; i += kDotRows)
+        dot_tile<kDotRows>(x + i * padded + k, padded, rows, length, sums + 4 * i);
+      for (; i < job.m; ++i) dot_tile<1>(x + i * padded + k, padded, rows, length, sums + 4 * i);
+    }
+    for (int64_t i = 0; i < job.m; ++i) write_row(job, i, n, count, sums + 4 * i);
+  }
+}
+
+// ---- Many rows: panels --------------------------------------------------------------------------------------------
+
+// C (kR, kTile) += A (kR, length) P (length, kTile); rows of A are kStride apart, rows of C kWidth.
+template <int kR>
+void panel_tile(const float* a, const float* p, int64_t length, float* c) {
+  vf acc[kR][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = zero();
+  for (int64_t r = 0; r < length; ++r, p += kTile) {
+    vf b[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) b[v] = load(p + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < kR; ++i) {
+      const vf entry = set1(a[i * kStride + r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(entry, b[v], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = c + i * kWidth + v * W;
+      store(out, add(load(out), acc[i][v]));
+    }
+}
+
+using PanelTile = void (*)(const float*, const float*, int64_t, float*);
+template <int kR>
+PanelTile panel_tile_of(int rows) {
+  if constexpr (kR == 1)
+    return panel_tile<1>;
+  else
+    return rows == kR ? panel_tile<kR> : panel_tile_of<kR - 1>(rows);
+}
+
+// The panel of inputs k0 .. k0 + depth - 1 and outputs n0 .. n0 + width - 1, for the forward pass: W transposed.
+// panel[t][r][c] = W[n0 + t kTile + c, k0 + r]
+void fill_forward(const Weight& w, const Decoder& decoder, int64_t k0, int64_t depth, int64_t n0, int64_t width,
+                  int64_t* slots, float* rows, float* spare, float* panel) {
+  for (int64_t c = 0; c < round_up(width, kTile); c += W) {
+    for (int64_t i = 0; i < W; ++i) {
+      float* row = rows + i * kStride;
+      if (c + i < width)
+        slots[c + i] = decoder.decode(w, n0 + c + i, k0, k0 + depth, slots[c + i], spare, row);
+      else
+        memset(row, 0, sizeof(float) * kStride);
+    }
+    float* out = panel + c / kTile * kTile * kDepth + c % kTile;
+    for (int64_t r = 0; r < depth; r += 4) transpose4(rows + r, kStride, out + r * kTile, kTile);
+  }
+}
+
+// The panel of outputs n0 .. n0 + depth - 1 and inputs k0 .. k0 + width - 1, for dx.
+// panel[t][r][c] = W[n0 + r, k0 + t kTile + c]
+void fill_backward(const Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t width,
+                   float* row, float* spare, float* panel) {
+  memset(row, 0, sizeof(float) * kWidth);
+  for (int64_t r = 0; r < depth; ++r) {
+    decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), spare, row);
+    for (int64_t c = 0; c < width; c += kTile)
+      for (int64_t v = 0; v < kTile; v += W) store(panel + c * kDepth + r * kTile + v, load(row + c + v));
+  }
+}
+
+int64_t panel_floats(int64_t rows) {
+  return least(rows, kBlock) * (kStride + kWidth) + kDepth * kWidth + W * kStride + spare_floats(kDepth);
+}
+
+void panel_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
+  const int64_t block = least(part.row1 - part.row0, kBlock), depth = job.depth();
+  float *a = scratch, *panel = a + block * kStride, *c = panel + kDepth * kWidth;
+  float *rows = c + block * kWidth, *spare = rows + W * kStride;
+  for (int64_t m0 = part.row0; m0 < part.row1; m0 += kBlock)
+    for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
+      const int64_t m = least(part.row1 - m0, kBlock), width = least(part.column1 - c0, kWidth);
+      int64_t slots[kWidth];
+      if (!job.transposed)
+        for (int64_t i = 0; i < width; ++i) slots[i] = decoder.start(job.weight, c0 + i, 0);
+      memset(c, 0, sizeof(float) * (size_t)(m * kWidth));
+      for (int64_t r0 = 0; r0 < depth; r0 += kDepth) {
+        const int64_t length = least(depth - r0, kDepth);
+        if (job.transposed)
+          fill_backward(job.weight, decoder, r0, length, c0, width, rows, spare, panel);
+        else
+          fill_forward(job.weight, decoder, r0, length, c0, width, slots, rows, spare, panel);
+        for (int64_t i = 0; i < m; ++i) read_row(x_at(job, m0 + i, r0), job.dtype, length, a + i * kStride);
+        const int64_t strips = (m + kRows - 1) / kRows;
+        for (int64_t t = 0; t < width; t += kTile)
+          for (int64_t s = 0; s < strips; ++s) {  // of nearly equal height: 16 rows are 8 + 8, not 12 + 4
+            const int64_t i = m * s / strips, height = m * (s + 1) / strips - i;
+            panel_tile_of<kRows>((int)height)(a + i * kStride, panel + t * kDepth, length, c + i * kWidth + t);
+          }
+      }
+      for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, c0, width, c + i * kWidth);
+    }
+}
+
+}  // namespace
+
+namespace ctp {
+namespace CTP_ISA {
+
+int run(const Job& job, int threads) {
+  const Weight& w = job.weight;
+  const Decoder& decoder = decoder_of(w);
+  const bool dot = !job.transposed && job.m <= kDotLimit;
+  const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
+  if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
+  // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
+  const int64_t across = least(threads, units);
+  const int64_t down = dot ? 1 : least(threads / across, (job.m + 63) / 64);
+  int status = CTP_OK;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < across * down; ++p) {
+    const int64_t i = p / across, j = p % across;
+    const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
+                       least(units * (j + 1) / across * unit, job.columns())};
+    float* memory = scratch((size_t)(dot ? dot_floats(job) : panel_floats(part.row1 - part.row0)));
+    if (!memory) {
+#pragma omp atomic write
+      status = CTP_OUT_OF_MEMORY;
+    } else if (dot) {
+      dot_part(job, decoder, part, memory);
+    } else {
+      panel_part(job, decoder, part, memory);
+    }
+  }
+  return status;
+}
+
+}  // namespace CTP_ISA
+}  // namespace ctp

@@ -1,0 +1,42 @@
+// Vectors of W lanes of fp32 for the instruction set that this unit is compiled for. Each of the three headers
+// defines, in an anonymous namespace:
+//
+//   vf, W                                 the vector and its lanes (8 or 16)
+//   kRows, kVectors                       the register tile of the panel kernel: kRows x (kVectors * W)
+//   kDotRows                              rows of x in the register tile of the dot kernel (by 4 rows of weight)
+//   kDotLimit                             rows of x up to which the dot kernel beats the panel kernel (measured at
+//                                         K = 2048 and 8192: int4, fp32, 50 % bf16; Ice Lake)
+//   load store zero set1 add fma sum      as named; fma(a, b, c) = a * b + c
+//   sum4(a, b, c, d, out)                 out[0..3] += the four sums
+//   first(v, count)                       lanes below count, zeros above
+//   expand(v, bits)                       lane i takes the next lane of v where bit i is set, zero where it is not
+//   keep(v, bits)                         lane i of v where bit i is set, zero where it is not
+//   from_fp32<S> from_fp16<S> from_bf16<S>   widen S elements, S = 8 or W, reading no more than them
+//   to_fp16 to_bf16                       round to nearest even and store W elements
+//   half(bits)                            one fp16 number
+//   codes8<S> codes4<S> codes2<S> codes3<S>  S codes, one a lane, as integer bits; lanes past S are undefined
+//   Grid<B>(scale, zero)(codes)           scale * (code - zero), rounded once
+//   transpose4(src, lds, dst, ldd)        4 columns of W rows: dst[j * ldd + i] = src[i * lds + j]
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+template <class T>
+inline T peek(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+}  // namespace
+
+#if defined(__AVX512F__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif

@@ -1,0 +1,131 @@
+// AVX2, FMA, F16C: eight lanes. See simd.h.
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+using vf = __m256;
+constexpr int W = 8;
+constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12;
+
+inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+inline vf zero() { return _mm256_setzero_ps(); }
+inline vf set1(float v) { return _mm256_set1_ps(v); }
+inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline __m128 fold(vf v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+inline void sum4(vf a, vf b, vf c, vf d, float* out) {
+  const __m128 all = _mm_hadd_ps(_mm_hadd_ps(fold(a), fold(b)), _mm_hadd_ps(fold(c), fold(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), all));
+}
+inline float sum(vf v) {
+  const __m128 pairs = _mm_hadd_ps(fold(v), fold(v));
+  return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
+}
+
+inline vf as_float(__m256i v) { return _mm256_castsi256_ps(v); }
+inline __m256i lanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+
+inline vf first(vf v, int count) {
+  return _mm256_and_ps(v, as_float(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes())));
+}
+inline vf keep(vf v, unsigned bits) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), bit);
+  return _mm256_and_ps(v, as_float(_mm256_cmpeq_epi32(set, bit)));
+}
+
+// For every byte of a bitmap, which stored entry each lane takes: a lane's rank among the set bits.
+struct Ranks {
+  uint64_t of[256];
+  constexpr Ranks() : of() {
+    for (unsigned bits = 0; bits < 256; ++bits) {
+      uint64_t rank = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        of[bits] |= rank << (8 * lane);
+        rank += bits >> lane & 1;
+      }
+    }
+  }
+};
+constexpr Ranks kRanks;
+
+inline vf expand(vf v, unsigned bits) {
+  const __m128i ranks = _mm_loadl_epi64((const __m128i*)(kRanks.of + bits));
+  return keep(_mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(ranks)), bits);
+}
+
+template <int S>
+inline vf from_fp32(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+template <int S>
+inline vf from_fp16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+template <int S>
+inline vf from_bf16(const uint16_t* p) {
+  return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline void to_fp16(uint16_t* p, vf v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void to_bf16(uint16_t* p, vf v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i rounded = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+}
+inline float half(uint16_t bits) { return _cvtsh_ss(bits); }
+
+template <int S>
+inline vf codes8(const uint8_t* p) {
+  return as_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+template <int S>
+inline vf codes4(const uint8_t* p) {
+  const __m256i words = _mm256_set1_epi32(peek<int32_t>(p));
+  const __m256i codes = _mm256_srlv_epi32(words, _mm256_slli_epi32(lanes(), 2));
+  return as_float(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+}
+template <int S>
+inline vf codes2(const uint8_t* p) {
+  const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(peek<uint16_t>(p)), _mm256_add_epi32(lanes(), lanes()));
+  return as_float(_mm256_and_si256(codes, _mm256_set1_epi32(3)));
+}
+template <int S>
+inline vf codes3(const uint8_t* low, const uint8_t* high) {
+  const __m256i fours = _mm256_srlv_epi32(_mm256_set1_epi32(*high << 2), lanes());
+  return _mm256_or_ps(codes2<S>(low), as_float(_mm256_and_si256(fours, _mm256_set1_epi32(4))));
+}
+
+template <int B>
+struct Grid {
+  vf scale, zero;
+  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)) {}
+  vf operator()(vf codes) const {
+    return _mm256_mul_ps(scale, _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(codes)), zero));
+  }
+};
+
+inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  __m256 r[4];  // 128-bit lane l of r[i] is row 4 l + i
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_castps128_ps256(_mm_loadu_ps(src + i * lds));
+    r[i] = _mm256_insertf128_ps(r[i], _mm_loadu_ps(src + (4 + i) * lds), 1);
+  }
+  const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+  store(dst, _mm256_shuffle_ps(a, c, 0x44));
+  store(dst + ldd, _mm256_shuffle_ps(a, c, 0xee));
+  store(dst + 2 * ldd, _mm256_shuffle_ps(b, d, 0x44));
+  store(dst + 3 * ldd, _mm256_shuffle_ps(b, d, 0xee));
+}
+
+}  // namespace

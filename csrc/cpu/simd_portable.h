@@ -1,0 +1,122 @@
+// Any processor, by the vector extension of GCC and Clang: eight lanes. See simd.h.
+#pragma once
+
+namespace {
+
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+constexpr int W = 8;
+constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32;
+
+inline vf load(const float* p) { return peek<vf>(p); }
+inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+inline vf zero() { return vf{}; }
+inline vf set1(float v) { return vf{v, v, v, v, v, v, v, v}; }
+inline vf add(vf a, vf b) { return a + b; }
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+inline float sum(vf v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+inline void sum4(vf a, vf b, vf c, vf d, float* out) {
+  out[0] += sum(a);
+  out[1] += sum(b);
+  out[2] += sum(c);
+  out[3] += sum(d);
+}
+
+inline vf as_float(vi v) { return (vf)v; }
+inline vi lanes() { return vi{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+inline vf first(vf v, int count) { return as_float((vi)v & (vi)(lanes() < count)); }
+inline vf keep(vf v, unsigned bits) {
+  const vi bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  return as_float((vi)v & (vi)((bit & (int32_t)bits) == bit));
+}
+inline vf expand(vf v, unsigned bits) {
+  vf out = zero();
+  for (int lane = 0, rank = 0; lane < 8; ++lane)
+    if (bits >> lane & 1) out[lane] = v[rank++];
+  return out;
+}
+
+inline float as_number(uint32_t bits) { return peek<float>(&bits); }
+inline float half(uint16_t bits) {
+  const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  if (magnitude < 0x0400) return (sign ? -1.0f : 1.0f) * (float)magnitude * 0x1p-24f;
+  if (magnitude >= 0x7c00) return as_number(sign | 0x7f800000 | magnitude << 13);
+  return as_number(sign | ((magnitude << 13) + (112u << 23)));
+}
+inline uint16_t to_half(float v) {
+  uint32_t bits = peek<uint32_t>(&v);
+  const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+  if (bits < 0x38800000) {                       // below 2^-14: the adder rounds to multiples of 2^-24
+    const float shifted = as_number(bits) + 0.5f;
+    return sign | (uint16_t)(peek<uint32_t>(&shifted) - 0x3f000000);
+  }
+  return sign | (uint16_t)((bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13);
+}
+
+template <int S>
+inline vf from_fp32(const float* p) {
+  return load(p);
+}
+template <int S>
+inline vf from_fp16(const uint16_t* p) {
+  vf v;
+  for (int i = 0; i < 8; ++i) v[i] = half(p[i]);
+  return v;
+}
+template <int S>
+inline vf from_bf16(const uint16_t* p) {
+  vi v;
+  for (int i = 0; i < 8; ++i) v[i] = (int32_t)((uint32_t)p[i] << 16);
+  return as_float(v);
+}
+inline void to_fp16(uint16_t* p, vf v) {
+  for (int i = 0; i < 8; ++i) p[i] = to_half(v[i]);
+}
+inline void to_bf16(uint16_t* p, vf v) {
+  for (int i = 0; i < 8; ++i) {
+    const float number = v[i];
+    const uint32_t bits = peek<uint32_t>(&number);
+    p[i] = number != number ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+template <int S>
+inline vf codes8(const uint8_t* p) {
+  return as_float(vi{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]});
+}
+template <int S>
+inline vf codes4(const uint8_t* p) {
+  vi v;
+  for (int i = 0; i < 8; ++i) v[i] = p[i / 2] >> 4 * (i % 2) & 15;
+  return as_float(v);
+}
+template <int S>
+inline vf codes2(const uint8_t* p) {
+  vi v;
+  for (int i = 0; i < 8; ++i) v[i] = p[i / 4] >> 2 * (i % 4) & 3;
+  return as_float(v);
+}
+template <int S>
+inline vf codes3(const uint8_t* low, const uint8_t* high) {
+  vi v;
+  for (int i = 0; i < 8; ++i) v[i] = (low[i / 4] >> 2 * (i % 4) & 3) | (*high >> i & 1) << 2;
+  return as_float(v);
+}
+
+template <int B>
+struct Grid {
+  vf scale, zero;
+  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)) {}
+  vf operator()(vf codes) const { return scale * (__builtin_convertvector((vi)codes, vf) - zero); }
+};
+
+inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 8; ++i) dst[j * ldd + i] = src[i * lds + j];
+}
+
+}  // namespace

@@ -1,0 +1,62 @@
+// How stored entries are written (ctp_kernels/values.py draws the bits): one policy for each kind of value.
+//
+//   raw<S>(weight, slot)     S entries from `slot` (a multiple of 8), S = 8 or W, one a lane; nothing beyond is read
+//   ahead(weight, slot)      prefetches 4 W entries
+//   grid(weight, row, group) a functor from raw lanes to their fp32 values in that group
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using ctp::Weight;
+
+struct Identity {
+  vf operator()(vf v) const { return v; }
+};
+
+// Asks for the bytes of the 4 W entries of kBits bits from `slot`, which may lie past the end. The processor's own
+// prefetch stops at every page and does not see past a loop that waits for arithmetic.
+template <int kBits>
+inline void prefetch(const void* stored, int64_t slot) {
+  const char* p = (const char*)stored + (slot * kBits >> 3);
+  for (int i = 0; i < 4 * W * kBits / 8; i += 64) __builtin_prefetch(p + i);
+}
+
+template <int kValues>
+struct Floating {
+  static constexpr bool kGrouped = false;
+  static void ahead(const Weight& w, int64_t slot) { prefetch<kValues == CTP_FP32 ? 32 : 16>(w.stored, slot); }
+  static Identity grid(const Weight&, int64_t, int64_t) { return {}; }
+  template <int S>
+  static vf raw(const Weight& w, int64_t slot) {
+    if constexpr (kValues == CTP_FP32) return from_fp32<S>((const float*)w.stored + slot);
+    if constexpr (kValues == CTP_FP16) return from_fp16<S>((const uint16_t*)w.stored + slot);
+    if constexpr (kValues == CTP_BF16) return from_bf16<S>((const uint16_t*)w.stored + slot);
+  }
+};
+
+template <int kBits>
+struct Coded {
+  static constexpr bool kGrouped = true;
+  static void ahead(const Weight& w, int64_t slot) {
+    prefetch<kBits == 3 ? 2 : kBits>(w.stored, slot);
+    if constexpr (kBits == 3) prefetch<1>(w.stored_hi, slot);
+  }
+  static Grid<kBits> grid(const Weight& w, int64_t row, int64_t group) {
+    const int64_t i = row * w.groups + group;
+    const float scale = w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i];
+    return {scale, w.symmetric ? (float)(1 << (kBits - 1)) : (float)w.zeros[i]};
+  }
+  template <int S>
+  static vf raw(const Weight& w, int64_t slot) {
+    const uint8_t* low = (const uint8_t*)w.stored;
+    if constexpr (kBits == 8) return codes8<S>(low + slot);
+    if constexpr (kBits == 4) return codes4<S>(low + (slot >> 1));
+    if constexpr (kBits == 3) return codes3<S>(low + (slot >> 2), (const uint8_t*)w.stored_hi + (slot >> 3));
+    if constexpr (kBits == 2) return codes2<S>(low + (slot >> 2));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,76 @@
+/* The whole C interface of libctp_cpu and libctp_cuda: no torch, no C++, raw pointers.
+ *
+ * A weight (n, k) is a pattern times a kind of value; the bytes are drawn in ctp_kernels/patterns.py (bitmaps)
+ * and ctp_kernels/values.py (bit planes). Every call trusts the shapes: they are checked where a weight is made.
+ * Row r starts at slot r * row_entries (dense: k, sparse24: k / 2, rounded up to 8), or 8 * row_offsets[r].
+ * An entry is scale * (code - zero) in fp32, zero where the bitmap is; sums are fp32, one rounding at the end.
+ * A NaN or infinity in x meets pruned entries as it would meet stored zeros: it propagates as in a dense matmul.
+ */
+#ifndef CTP_H
+#define CTP_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+enum ctp_pattern { CTP_DENSE = 0, CTP_SPARSE24 = 1, CTP_UNSTRUCTURED = 2 };
+enum ctp_values { CTP_FP32 = 0, CTP_FP16 = 1, CTP_BF16 = 2, CTP_INT8 = 3, CTP_INT4 = 4, CTP_INT3 = 5, CTP_INT2 = 6 };
+enum ctp_isa { CTP_BASELINE = 0, CTP_AVX2 = 1, CTP_AVX512 = 2, CTP_BEST = -1 };
+enum ctp_status {
+  CTP_OK = 0,
+  CTP_BAD_ARGUMENT = 1,    /* an enum out of range, a negative size, a NULL that is needed */
+  CTP_UNSUPPORTED_ISA = 2, /* this processor lacks the instructions asked for */
+  CTP_OUT_OF_MEMORY = 3
+};
+
+typedef struct {
+  int64_t n, k;               /* weight is (n, k) */
+  int32_t pattern;            /* enum ctp_pattern */
+  int32_t values;             /* enum ctp_values */
+  int32_t scale_dtype;        /* CTP_FP32 or CTP_FP16 */
+  int32_t symmetric;          /* 1: zero = 2^(bits-1) */
+  int64_t group;              /* inputs per scale, a multiple of 8; k for one scale a row */
+  const void* stored;         /* values or codes */
+  const void* stored_hi;      /* int3's high bit plane, or NULL */
+  const uint8_t* mask;        /* (n, ceil(k/8)), or NULL for dense */
+  const int32_t* row_offsets; /* (n + 1,) in units of 8 slots, or NULL unless unstructured */
+  const void* scales;         /* (n, ceil(k/group)), or NULL for floating values */
+  const uint8_t* zeros;       /* like scales, or NULL when symmetric */
+} ctp_weight;
+
+/* x, bias and y (dy and dx) share dtype: CTP_FP32, CTP_FP16 or CTP_BF16. ldx: elements from a row to the next;
+ * outputs are contiguous. bias may be NULL. Same inputs, same bits, at any number of threads. */
+
+/* y (m, n) = x (m, k) W^T + bias */
+int ctp_cpu_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
+                   int32_t dtype, int32_t threads);
+/* dx (m, k) = dy (m, n) W */
+int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,
+                     int32_t threads);
+
+/* The number that the build gave as -DCTP_ABI: the CRC-32 of the sources. A loader refuses any other. */
+uint32_t ctp_cpu_abi(void);
+/* "baseline", "avx2" or "avx512": what the next call runs. */
+const char* ctp_cpu_isa(void);
+/* For tests: run this enum ctp_isa from now on (CTP_BEST: what the processor has). */
+int ctp_cpu_set_isa(int32_t isa);
+/* One sentence for an enum ctp_status. */
+const char* ctp_cpu_status_string(int status);
+
+/* y (m, n) = x (m, k) W^T + bias for dense int4 on `stream` (a cudaStream_t); 0 or a status of its own. */
+int ctp_cuda_int4_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
+                         int32_t dtype, void* stream);
+/* The number of GPUs; 0 and a status that says why where there is none. */
+int ctp_cuda_device_count(int32_t* count);
+const char* ctp_cuda_status_string(int status);
+uint32_t ctp_cuda_abi(void);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* CTP_H */

@@ -1,0 +1,253 @@
+"""The `ctp` command: compress, train a prompt, evaluate, generate, inspect, explain, and the demo of it all."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctp_kernels.errors import CTPError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress a LLaMA or OPT model, run it packed, and win its quality back with a prompt.",
+)
+
+Model = Annotated[
+    str, typer.Argument(help="a model folder (packed or not), a hub name, embedded:llama or embedded:opt")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+Seed = Annotated[int, typer.Option(help="of everything random")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="embedded[:docs|:code], wikitext2, c4, ptb, a .txt/.jsonl/.parquet file, hf:org/set:config:split:column",
+    ),
+]
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A typer command that answers bad input with one sentence and exit code 2."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from transformers.utils.logging import disable_progress_bar
+
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        disable_progress_bar()  # of loading shards: ours show what takes long
+        try:
+            return function(*args, **kwargs)
+        except CTPError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+    return app.command()(run)
+
+
+@command
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the packed model")],
+    format: Annotated[str, typer.Option(help="such as int4, int3-g64-asym, sparse24-int4, unstructured")],
+    method: Annotated[
+        str, typer.Option(help="gptq, sparsegpt, wanda, magnitude or rtn; auto: gptq, or sparsegpt for a sparse format")
+    ] = "auto",
+    sparsity: Annotated[float, typer.Option(help="share of zeros, for unstructured formats")] = 0.5,
+    calibration: Annotated[
+        str, typer.Option(help="text to calibrate on, as --data of the other commands")
+    ] = "embedded",
+    samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
+    length: Annotated[int | None, typer.Option(help="tokens a window (default 2048, or the model's context)")] = None,
+    mse: Annotated[bool, typer.Option(help="search each grid for the least error")] = False,
+    csv: Annotated[Path | None, typer.Option(help="write the error of every layer to this file")] = None,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Prune, quantise, or both in one sweep, and save the packed model.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    from ctp.jobs import compress_to_folder
+
+    result = compress_to_folder(
+        model, output, format, method=method, sparsity=sparsity, calibration=calibration, samples=samples,
+        length=length, mse=mse, csv_path=csv, seed=seed,
+    )  # fmt: skip
+    typer.echo(
+        f"{output}: {result['layers']} layers as {result['format']}, {result['bits_per_weight']:.2f} bits a weight, "
+        f"{result['bytes_dense']:,} -> {result['bytes_packed']:,} bytes, {result['seconds']:.0f} s"
+    )
+    _write(json_file, result)
+
+
+@command
+def train(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the prompt (PEFT's layout)")],
+    data: Data = "embedded",
+    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 100,
+    loss: Annotated[str, typer.Option(help="ce: next token; kl: distil from the dense model")] = "ce",
+    teacher: Annotated[str | None, typer.Option(help="dense model for kl (default: the original)")] = None,
+    init: Annotated[str, typer.Option(help="vocab, mean or text:<words>")] = "vocab",
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 600,
+    batch_size: Annotated[int, typer.Option(help="windows a step")] = 8,
+    accumulation: Annotated[int, typer.Option(help="batches a step")] = 1,
+    length: Annotated[int, typer.Option(help="tokens a window")] = 256,
+    lr: Annotated[float, typer.Option(help="peak learning rate, in units of the embedding table's RMS")] = 0.15,
+    schedule: Annotated[str, typer.Option(help="cosine or linear")] = "cosine",
+    resume: Annotated[bool, typer.Option(help="go on from the last saved state of this output")] = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a soft prompt through the packed weights; only the prompt has a gradient."""
+    from ctp.jobs import train_to_folder
+
+    result = train_to_folder(
+        model, output, data=data, tokens=tokens, loss=loss, teacher=teacher, init=init, steps=steps,
+        batch_size=batch_size, accumulation=accumulation, length=length, lr=lr, schedule=schedule, resume=resume,
+        seed=seed,
+    )  # fmt: skip
+    typer.echo(f"{output}: {tokens} tokens, validation perplexity {result['valid_perplexity_start']:.3f} -> "
+               f"{result['valid_perplexity']:.3f}, {result['seconds']:.0f} s")  # fmt: skip
+    _write(json_file, result)
+
+
+@command
+def evaluate(
+    model: Model,
+    data: Data = "embedded",
+    prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
+    length: Annotated[int | None, typer.Option(help="tokens a window (default: what the context holds)")] = None,
+    stride: Annotated[int | None, typer.Option(help="text tokens between windows (default: no overlap)")] = None,
+    count: Annotated[int | None, typer.Option(help="windows (default: all)")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm_eval tasks or local .jsonl files, separated by commas")] = None,
+    limit: Annotated[int | None, typer.Option(help="examples a task")] = None,
+    batch_size: Annotated[int, typer.Option(help="windows at a time")] = 8,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Perplexity (prompt positions are neither scored nor counted), and tasks."""
+    from ctp.data import token_windows
+    from ctp.evaluate import perplexity
+    from ctp.model import context_length, load_model
+    from ctp.prompt import SoftPrompt
+
+    net, tokenizer = load_model(model)
+    soft = SoftPrompt.load(prompt) if prompt else None
+    room = context_length(net) - (len(soft) if soft else 0)
+    windows = token_windows(data, tokenizer, length or min(2048, room), split=split, count=count, stride=stride)
+    typer.echo(f"{windows}")
+    measured = perplexity(net, windows, prompt=soft, batch_size=batch_size, progress=True)
+    result: dict[str, Any] = {"model": model, "prompt": str(prompt) if prompt else None, **measured.as_dict()}
+    typer.echo(f"perplexity {measured.perplexity:.4f} over {measured.tokens:,} tokens")
+    if soft:
+        typer.echo(f"(with the divisor of the method's published code, which counts the prompt: "
+                   f"{measured.perplexity_published_divisor:.4f}; not comparable with unprompted figures)")  # fmt: skip
+    if tasks:
+        from ctp.evaluate.tasks import evaluate_tasks
+
+        result["tasks"] = evaluate_tasks(
+            net, tokenizer, tasks.split(","), prompt=soft, limit=limit, batch_size=batch_size
+        )
+        for name, scores in result["tasks"].items():
+            typer.echo(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if isinstance(v, float)))
+    _write(json_file, result)
+
+
+@command
+def generate(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="what to continue")],
+    prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Continue a text; the prompt's keys and values are computed once."""
+    import torch
+
+    from ctp.model import load_model
+    from ctp.prompt import SoftPrompt
+    from ctp.prompt import generate as continue_text
+
+    torch.manual_seed(seed)
+    net, tokenizer = load_model(model)
+    options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    soft = SoftPrompt.load(prompt) if prompt else None
+    (continuation,) = continue_text(net, tokenizer, text, soft, max_new_tokens, **options)
+    typer.echo(text + continuation)
+    _write(json_file, {"model": model, "text": text, "continuation": continuation})
+
+
+@command
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="a packed model or a prompt")],
+    json_file: Json = None,
+) -> None:
+    """What a packed model or a prompt holds, from its files alone."""
+    from ctp.report.inspect import inspect_folder
+
+    result = inspect_folder(folder)
+    typer.echo(result.pop("text"))
+    _write(json_file, result)
+
+
+@command
+def explain(
+    model: Model,
+    json_file: Json = None,
+) -> None:
+    """Which kernel runs each packed layer on this machine, and why."""
+    from ctp.model import load_model
+    from ctp_kernels import explain as explain_model
+
+    explanation = explain_model(load_model(model)[0])
+    typer.echo(str(explanation))
+    _write(json_file, explanation.rows)
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="embedded:llama or embedded:opt")] = "embedded:llama",
+    steps: Annotated[int | None, typer.Option(help="training steps a prompt (default: about a minute's worth)")] = None,
+    resume: Annotated[bool, typer.Option(help="keep the rows that an interrupted run has finished")] = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """The whole main job on an embedded model: compress five ways, run packed, train prompts, measure. No network."""
+    from ctp.demo.run import run_demo
+
+    result = run_demo(output, model=model, steps=steps, resume=resume, seed=seed, echo=typer.echo)
+    _write(json_file, result)
+
+
+def _write(path: Path | None, result: Any) -> None:
+    if path is not None:
+        from ctp_kernels.files import write_json
+
+        write_json(path, json.loads(json.dumps(result, default=str)))
+
+
+def main() -> None:
+    """Entry point of the `ctp` console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

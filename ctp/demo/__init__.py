@@ -1,0 +1,1 @@
+"""The embedded models and text, and the main job run on them."""

@@ -1,0 +1,77 @@
+"""Which kernel runs a packed weight: the one place that chooses, and says why.
+
+A backend is a module with
+
+    matmul(x (M, K), tensors, format, n, bias) -> y (M, N)        y = x W^T + bias
+    matmul_t(dy (M, N), tensors, format, k)    -> dx (M, K)       dx = dy W
+    unsupported(format, shape, dtype, device, direction) -> the reason why it cannot, or None
+
+`tensors` come in the order of `format.buffer_names`; `direction` is "forward" or "backward".
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from types import ModuleType
+
+import torch
+
+from ..errors import CTPError
+from ..format import Format
+
+logger = logging.getLogger("ctp_kernels")
+
+#: Tried in this order by "auto"; `reference` answers for everything and comes last.
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The backend module of that name."""
+    if name not in BACKENDS:
+        raise CTPError(f"unknown backend {name!r}: auto, {', '.join(BACKENDS)}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that was chosen, and why each one before it was not."""
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...]
+
+    @property
+    def why(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self.passed_over)
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: str, direction: str, backend: str = "auto"
+) -> Choice:
+    """The backend for a (N, K) weight and activations of `dtype` on a device type ("cpu", "cuda").
+
+    Raises CTPError with the reason when a backend asked for by name cannot do it. With "auto", landing on
+    `reference` (which decodes the whole weight at every call) is logged once per case.
+    """
+    passed_over = []
+    for name in BACKENDS if backend == "auto" else (backend,):
+        reason = load(name).unsupported(format, shape, dtype, torch.device(device), direction)
+        if reason is None:
+            choice = Choice(name, tuple(passed_over))
+            if name == "reference" and backend == "auto":
+                logger.warning(
+                    "%s %s on %s %s runs on the slow reference backend (%s)",
+                    format,
+                    direction,
+                    device,
+                    dtype,
+                    choice.why,
+                )
+            return choice
+        passed_over.append((name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+    raise CTPError(f"no backend can run {format} {direction} on {device} with {dtype} activations ({reasons})")

@@ -1,0 +1,103 @@
+"""The C++ kernels of libctp_cpu: every format, forward and dX, fp32/fp16/bf16 activations, on torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from .. import _build
+from ..errors import CTPError
+from ..format import Format
+from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
+
+_ISAS = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none."""
+    try:
+        library = _build.load("cpu")
+    except _build.BuildError as error:
+        return str(error)
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    weight = ctypes.POINTER(Weight)
+    library.ctp_cpu_matmul.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, i32)
+    library.ctp_cpu_matmul_t.argtypes = (weight, pointer, i64, i64, pointer, i32, i32)
+    library.ctp_cpu_isa.restype = library.ctp_cpu_status_string.restype = ctypes.c_char_p
+    return library
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise CTPError(library)
+    return library
+
+
+def available() -> str | None:
+    """Why the kernels cannot run here, or None where they can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def unsupported(
+    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, direction: str
+) -> str | None:
+    if device.type != "cpu":
+        return f"tensors are on {device.type}"
+    if dtype not in DTYPES:
+        return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+    return available()
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    return _loaded().ctp_cpu_isa().decode()
+
+
+def set_isa(name: str) -> None:
+    """Run this instruction set ("best" for what the processor has) from now on, in the whole process; for tests.
+
+    Raises CTPError where the processor lacks it.
+    """
+    _check(_loaded(), _loaded().ctp_cpu_set_isa(_ISAS[name]))
+
+
+def matmul(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, n: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
+    library, (m, k) = _loaded(), x.shape
+    weight = weight_of(tensors, format, n, k)
+    x = rows_contiguous(x)
+    bias, bias_pointer = bias_for(bias, n, x.dtype)
+    y = x.new_empty((m, n))
+    threads = torch.get_num_threads()
+    status = library.ctp_cpu_matmul(
+        weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], threads
+    )
+    if status:
+        _check(library, status)
+    return y
+
+
+def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, k: int) -> torch.Tensor:
+    """dx (M, K) = dy (M, N) W, summed as in `matmul`."""
+    library, (m, n) = _loaded(), dy.shape
+    weight = weight_of(tensors, format, n, k)
+    dy = rows_contiguous(dy)
+    dx = dy.new_empty((m, k))
+    threads = torch.get_num_threads()
+    status = library.ctp_cpu_matmul_t(weight, dy.data_ptr(), dy.stride(0), m, dx.data_ptr(), DTYPES[dy.dtype], threads)
+    if status:
+        _check(library, status)
+    return dx
+
+
+def _check(library: ctypes.CDLL, status: int) -> None:
+    if status:
+        raise CTPError(f"the CPU kernel failed: {library.ctp_cpu_status_string(status).decode()}")

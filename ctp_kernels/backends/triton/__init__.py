@@ -1,0 +1,50 @@
+"""Triton kernels for NVIDIA GPUs: one forward kernel, dense pattern, every kind of value. Triton is imported on use."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from ...format import FLOAT_DTYPES, Format
+
+
+def unsupported(
+    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, direction: str
+) -> str | None:
+    """Why this backend cannot do it, or None. CPU tensors are taken only under Triton's own interpreter."""
+    if direction != "forward":
+        return "the Triton backend has no backward kernel yet"
+    if format.pattern != "dense":
+        return f"the Triton kernel has no {format.pattern} decoder yet"
+    if dtype not in FLOAT_DTYPES.values():
+        return f"activations are {_name(dtype)}, not float32, float16 or bfloat16"
+    if not format.quantized and dtype not in (FLOAT_DTYPES[str(format.values)], torch.float32):
+        return f"{format.values} values would be rounded to {_name(dtype)} activations"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and _interpreted():
+        return None
+    return f"tensors are on {device.type}, not on a CUDA device"
+
+
+def matmul(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, n: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
+    from .kernel import matmul as run
+
+    return run(x, tensors, format, n, bias)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _interpreted() -> bool:
+    from .kernel import interpreted
+
+    return interpreted()

@@ -1,0 +1,86 @@
+"""`PackedLinear`: a Linear layer that runs its packed weight and knows no format by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from . import ops  # noqa: F401  (registers torch.ops.ctp)
+from .errors import CTPError
+from .format import FLOAT_DTYPES
+from .packed import PackedWeight
+
+
+class PackedLinear(nn.Module):
+    """y (..., N) = x (..., K) W^T + bias, from the packed bytes, in x's dtype; backward gives dx (and dbias) only.
+
+    The buffers carry the names of `PackedWeight.buffers`, so `state_dict` holds `<layer>.codes`, `<layer>.scales`, ...
+    Casting the module (`.to(bf16)`, `.half()`) casts the bias and floating `values`, as for nn.Linear; codes, masks,
+    scales and zeros never change. `.double()` leaves `values` in fp32, which fp64 activations widen exactly.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        packed.validate()
+        self.format, self.dtype, self.backend = packed.format, packed.dtype, backend
+        self.out_features, self.in_features = packed.shape
+        for name in packed.format.buffer_names:
+            self.register_buffer(name, packed.buffers[name])
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as a PackedWeight that shares this layer's buffers."""
+        buffers = {name: self.get_buffer(name) for name in self.format.buffer_names}
+        return PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, buffers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tensors = [self._buffers[name] for name in self.format.buffer_names]
+        return torch.ops.ctp.matmul(x, tensors, self.bias, self.format.name, self.out_features, self.backend)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, format={self.format}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        before = {name: self.get_buffer(name) for name in self.format.buffer_names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if new.dtype == old.dtype:
+                continue
+            names = {dtype: values for values, dtype in FLOAT_DTYPES.items()}
+            if name == "values" and new.dtype in names:
+                self.format = replace(self.format, values=names[new.dtype])
+            else:
+                self._buffers[name] = old.to(new.device)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=before[self.format.buffer_names[0]].device))
+        if probe.dtype in FLOAT_DTYPES.values():
+            self.dtype = probe.dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Refuse damaged buffers before they replace sound ones: kernels trust what the layer holds."""
+        own = self.format.buffer_names
+        found = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if len(found) == len(own):
+            candidate = PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, found)
+            try:
+                candidate.validate()
+            except CTPError as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+                return
+            for name, tensor in found.items():  # an unstructured weight may have another number of entries
+                if tensor.shape != self.get_buffer(name).shape:
+                    self._buffers[name] = torch.empty_like(tensor, device=self.get_buffer(name).device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,79 @@
+"""The two operators, registered with torch.library: `ctp::matmul` and `ctp::matmul_t`.
+
+    ctp::matmul(x (..., K), packed, bias (N,)?, format, n, backend)   -> y (..., N) = x W^T + bias
+    ctp::matmul_t(dy (..., N), packed, format, k, backend)            -> dx (..., K) = dy W
+
+`packed` lists the buffers of the weight in the order of `format.buffer_names`. Each operator is the other's
+backward with respect to the activations; the packed weight is frozen and has no gradient. The backward keeps
+nothing but the packed buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .backends import choose, load
+from .format import Format, parse_format
+
+_LIB = torch.library.Library("ctp", "DEF")
+_LIB.define("matmul(Tensor x, Tensor[] packed, Tensor? bias, str format, int n, str backend) -> Tensor")
+_LIB.define("matmul_t(Tensor dy, Tensor[] packed, str format, int k, str backend) -> Tensor")
+
+
+def _kernel(
+    format: Format, shape: tuple[int, int], x: torch.Tensor, direction: str, backend: str
+) -> Callable[..., torch.Tensor]:
+    module = load(choose(format, shape, x.dtype, x.device.type, direction, backend).backend)
+    return module.matmul if direction == "forward" else module.matmul_t
+
+
+@torch.library.impl(_LIB, "matmul", "CompositeExplicitAutograd")
+def _matmul(
+    x: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str, n: int, backend: str
+) -> torch.Tensor:
+    fmt, k = parse_format(format), x.shape[-1]
+    run = _kernel(fmt, (n, k), x, "forward", backend)
+    return run(x.reshape(-1, k), packed, fmt, n, bias).view(*x.shape[:-1], n)
+
+
+@torch.library.impl(_LIB, "matmul_t", "CompositeExplicitAutograd")
+def _matmul_t(dy: torch.Tensor, packed: list[torch.Tensor], format: str, k: int, backend: str) -> torch.Tensor:
+    fmt, n = parse_format(format), dy.shape[-1]
+    run = _kernel(fmt, (n, k), dy, "backward", backend)
+    return run(dy.reshape(-1, n), packed, fmt, k).view(*dy.shape[:-1], k)
+
+
+@torch.library.register_fake("ctp::matmul", lib=_LIB)
+def _(x, packed, bias, format, n, backend):
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("ctp::matmul_t", lib=_LIB)
+def _(dy, packed, format, k, backend):
+    return dy.new_empty((*dy.shape[:-1], k))
+
+
+def _keep(ctx, inputs, output) -> None:
+    *_, ctx.format, _, ctx.backend = inputs
+    ctx.width = inputs[0].shape[-1]
+    ctx.save_for_backward(*inputs[1])
+
+
+def _matmul_backward(ctx, dy):
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.ctp.matmul_t(dy, list(ctx.saved_tensors), ctx.format, ctx.width, ctx.backend)
+    if ctx.needs_input_grad[2]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, [None] * len(ctx.saved_tensors), dbias, None, None, None
+
+
+def _matmul_t_backward(ctx, ddx):
+    ddy = torch.ops.ctp.matmul(ddx, list(ctx.saved_tensors), None, ctx.format, ctx.width, ctx.backend)
+    return ddy, [None] * len(ctx.saved_tensors), None, None, None
+
+
+torch.library.register_autograd("ctp::matmul", _matmul_backward, setup_context=_keep, lib=_LIB)
+torch.library.register_autograd("ctp::matmul_t", _matmul_t_backward, setup_context=_keep, lib=_LIB)

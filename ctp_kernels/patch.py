@@ -1,0 +1,240 @@
+"""`patch_model`: swap a model's Linear layers for packed ones, and back; say what was done and what will run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .backends import choose
+from .errors import CTPError
+from .format import Format, as_format, parse_format
+from .linear import PackedLinear
+from .packed import pack
+from .patterns import is_sparse24
+
+DEFAULT_SKIP = ("lm_head",)
+#: "auto" takes a sparse pattern only where it shrinks the weight to this share of its dense bytes.
+WORTHWHILE = 0.75
+
+
+@dataclass
+class LayerReport:
+    """One patched layer; bytes cover the weight alone, not the bias."""
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    bytes_dense: int
+    bytes_packed: int
+    note: str = ""
+
+
+@dataclass
+class PatchReport:
+    """What `patch_model` did: `layers` that now run packed, `skipped` layer names with the reason."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_dense(self) -> int:
+        return sum(layer.bytes_dense for layer in self.layers)
+
+    @property
+    def bytes_packed(self) -> int:
+        return sum(layer.bytes_packed for layer in self.layers)
+
+    def to_dict(self) -> dict:
+        return {"bytes_dense": self.bytes_dense, "bytes_packed": self.bytes_packed, **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.layers)} layers packed, {self.bytes_dense:,} -> {self.bytes_packed:,} bytes "
+            f"({self.bytes_dense / max(self.bytes_packed, 1):.2f}x smaller)"
+        ]
+        for layer in self.layers:
+            note = f"   {layer.note}" if layer.note else ""
+            lines.append(
+                f"  {layer.name:40} {layer.shape!s:16} {layer.format:20} "
+                f"{layer.bytes_dense:>12,} -> {layer.bytes_packed:>11,}{note}"
+            )
+        lines += [f"  {name:40} skipped: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def patch_model(
+    model: nn.Module,
+    format: str | Format = "auto",
+    *,
+    skip: Sequence[str] = DEFAULT_SKIP,
+    backend: str = "auto",
+) -> nn.Module:
+    """Replace every nn.Linear of the model by a PackedLinear, in place, and return the model.
+
+    `format="auto"` looks at each weight: on a 2:4 pattern -> `sparse24`; enough zeros for the bitmap to win ->
+    `unstructured`; otherwise dense -> `int4`, round to nearest. A named format packs each weight the plainest
+    way (nearest code, two largest magnitudes of four): zeros and codes chosen with more care come from
+    `ctp compress`. Layers that are already packed stay as they are.
+
+    `skip` names layers to leave dense: a full name, a last part (`lm_head`) or a pattern (`*.down_proj`).
+    `backend` is "auto" or one of `ctp_kernels.backends.BACKENDS`. The report is `model.ctp_report`.
+
+    Raises CTPError, before anything is changed, when nothing matched, a skip matches no layer, a weight holds
+    NaN, a format does not fit a shape, or a named backend cannot run it.
+    """
+    asked = None if format == "auto" else as_format(format)
+    linears, skipped = _select(model, skip)
+    plan: list[tuple[str, nn.Linear, Format]] = []
+    misfits = []
+    for name, linear in linears.items():
+        try:
+            plan.append((name, linear, _plan(linear, asked, backend)))
+        except CTPError as error:
+            misfits.append(f"{name}: {error}")
+    if misfits:
+        more = f" (and {len(misfits) - 3} more layers)" if len(misfits) > 3 else ""
+        raise CTPError(
+            f"cannot patch {'; '.join(misfits[:3])}{more}; choose another format or backend, or skip these layers"
+        )
+    already = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not plan and not already:
+        raise CTPError(
+            f"patch_model found no nn.Linear to pack in {type(model).__name__} (skipped: {list(skipped) or 'none'})"
+        )
+    report = PatchReport(skipped=skipped)
+    for name, packed_layer in already.items():
+        packed_layer.backend = backend
+        report.layers.append(_layer_report(name, packed_layer, "was packed already"))
+    for name, linear, chosen in plan:
+        pruned = chosen.pattern == "sparse24" and not is_sparse24(linear.weight)
+        layer = PackedLinear(pack(linear.weight, chosen), linear.bias, backend)
+        layer.train(linear.training)
+        _replace(model, name, layer)
+        report.layers.append(_layer_report(name, layer, "pruned to 2:4 by magnitude" if pruned else ""))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    report.layers.sort(key=lambda layer: order[layer.name])
+    model.ctp_report = report  # type: ignore[assignment]
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Replace every PackedLinear by an nn.Linear that holds its unpacked weight, in place; return the model."""
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not packed:
+        raise CTPError(f"{type(model).__name__} holds no packed layer to unpack")
+    for name, layer in packed.items():
+        weight = nn.Parameter(layer.packed.unpack(), requires_grad=False)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = weight
+        linear.register_parameter("bias", layer.bias)
+        linear.train(layer.training)
+        _replace(model, name, linear)
+    if hasattr(model, "ctp_report"):
+        del model.ctp_report
+    return model
+
+
+@dataclass
+class Explanation:
+    """Rows of `explain`: layer, format, shape, and for each direction the backend and why others were passed over."""
+
+    rows: list[dict]
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            lines.append(f"{row['layer']:40} {row['shape']!s:16} {row['format']:20} "
+                         f"forward {row['forward']:10} backward {row['backward']}")  # fmt: skip
+        reasons = dict.fromkeys(
+            f"  {row['format']} {way}: not {row['why_' + way]}"
+            for row in self.rows
+            for way in ("forward", "backward")
+            if row["why_" + way]
+        )
+        return "\n".join([*lines, *reasons])
+
+    def to_json(self) -> str:
+        return json.dumps(self.rows, indent=2)
+
+
+def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
+    """Which backend each packed layer runs on, forward and backward, for activations of `dtype`.
+
+    `dtype` defaults to that of the model's first floating parameter.
+    """
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    rows = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            shape = (layer.out_features, layer.in_features)
+            row = {"layer": name, "format": layer.format.name, "shape": shape}
+            for direction in ("forward", "backward"):
+                device = layer.packed.tensors[0].device.type
+                choice = choose(layer.format, shape, dtype, device, direction, layer.backend)
+                row[direction], row["why_" + direction] = choice.backend, choice.why
+            rows.append(row)
+    if not rows:
+        raise CTPError(f"{type(model).__name__} holds no packed layer: call patch_model first")
+    return Explanation(rows)
+
+
+def _select(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    linears, skipped, used = {}, {}, set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        hit = next((s for s in skip if name == s or name.endswith("." + s) or fnmatchcase(name, s)), None)
+        if hit is not None:
+            used.add(hit)
+            skipped[name] = f"named in skip ({hit})"
+        elif type(module) is not nn.Linear:
+            skipped[name] = f"{type(module).__name__} is a subclass of Linear with a forward of its own"
+        elif not module.weight.is_floating_point():
+            skipped[name] = f"its weight is {module.weight.dtype}"
+        else:
+            linears[name] = module
+    unused = [s for s in skip if s not in used and s not in DEFAULT_SKIP]
+    if unused:
+        raise CTPError(f"skip names no Linear layer of the model: {', '.join(unused)}")
+    return linears, skipped
+
+
+def _plan(linear: nn.Linear, asked: Format | None, backend: str) -> Format:
+    weight = linear.weight.detach()
+    if not torch.isfinite(weight).all():
+        raise CTPError("the weight holds NaN or infinite values, the checkpoint is damaged")
+    shape = (weight.shape[0], weight.shape[1])
+    format = (asked or _auto(weight)).with_dtype(weight.dtype)
+    reason = format.constraint(shape)
+    if reason:
+        raise CTPError(f"{format} does not fit, {reason}")
+    if backend != "auto":
+        choose(format, shape, weight.dtype, weight.device.type, "forward", backend)
+    return format
+
+
+def _auto(weight: torch.Tensor) -> Format:
+    density = torch.count_nonzero(weight).item() / weight.numel()
+    bits = weight.dtype.itemsize * 8
+    if is_sparse24(weight):
+        return parse_format("sparse24")
+    if density * bits + 1 <= WORTHWHILE * bits:
+        return parse_format("unstructured")
+    return parse_format("int4")
+
+
+def _layer_report(name: str, layer: PackedLinear, note: str) -> LayerReport:
+    packed = layer.packed
+    dense = packed.shape[0] * packed.shape[1] * packed.dtype.itemsize
+    return LayerReport(name, packed.format.name, packed.shape, dense, packed.nbytes, note)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

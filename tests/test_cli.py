@@ -1,0 +1,160 @@
+"""The command line from end to end on the embedded OPT, and every kind of bad input."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from ctp.cli import app
+from ctp.model import EMBEDDED, load_model
+from ctp_kernels.checkpoints import MANIFEST
+
+runner = CliRunner()
+OPT = "embedded:opt"
+needs_opt = pytest.mark.skipif(
+    not (EMBEDDED[OPT] / "training.json").is_file(), reason="the embedded OPT is not part of this installation"
+)
+
+
+def ctp(*args: object, code: int = 0) -> str:
+    result = runner.invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A packed OPT and a prompt trained for it, made by the commands themselves."""
+    root = tmp_path_factory.mktemp("cli")
+    ctp("compress", OPT, "--format", "sparse24-int4-g64", "-o", root / "packed", "--samples", 8, "--length", 64,
+        "--csv", root / "layers.csv", "--json", root / "compress.json")  # fmt: skip
+    ctp("train", root / "packed", "-o", root / "prompt", "--tokens", 8, "--steps", 6, "--batch-size", 2, "--length", 64,
+        "--json", root / "train.json")  # fmt: skip
+    return root
+
+
+@needs_opt
+def test_compress_then_train_then_evaluate(folders):
+    compress = json.loads((folders / "compress.json").read_text())
+    assert compress["method"] == "sparsegpt" and compress["bytes_packed"] < compress["bytes_dense"] / 6
+    assert len((folders / "layers.csv").read_text().splitlines()) == compress["layers"] + 1
+    assert not list(folders.glob(".*")), "staging or work folders were left behind"
+    common = ["--data", "embedded:docs", "--length", 128, "--count", 4]
+    out = ctp("evaluate", folders / "packed", *common, "--json", folders / "a.json")
+    assert "perplexity" in out
+    plain = json.loads((folders / "a.json").read_text())
+    assert 1 < plain["perplexity"] < 2048
+    assert math.isclose(plain["perplexity"], math.exp(plain["nll"] / plain["tokens"]))
+    ctp("evaluate", folders / "packed", "--prompt", folders / "prompt", *common, "--json", folders / "b.json")
+    prompted = json.loads((folders / "b.json").read_text())
+    assert prompted["tokens"] == plain["tokens"] and prompted["prompt_tokens"] == 8
+    assert prompted["perplexity_published_divisor"] < prompted["perplexity"]
+
+
+@needs_opt
+def test_generate_inspect_explain(folders):
+    text = ctp("generate", folders / "packed", "The function returns", "--prompt", folders / "prompt",
+               "--max-new-tokens", 8)  # fmt: skip
+    assert text.startswith("The function returns") and len(text.strip()) > len("The function returns")
+    assert "sparse24-int4-g64" in ctp("inspect", folders / "packed")
+    assert "8 tokens" in ctp("inspect", folders / "prompt")
+    rows = folders / "explain.json"
+    assert "forward" in ctp("explain", folders / "packed", "--json", rows)
+    assert all(row["forward"] for row in json.loads(rows.read_text()))
+
+
+@needs_opt
+def test_training_with_a_teacher_finds_the_original(folders):
+    ctp("train", folders / "packed", "-o", folders / "kl", "--tokens", 4, "--steps", 2, "--batch-size", 2,
+        "--length", 32, "--loss", "kl")  # fmt: skip
+    assert (folders / "kl" / "adapter_config.json").is_file()
+
+
+BAD = {
+    "missing folder": ["evaluate", "./no/such/model"],
+    "unknown format": ["compress", OPT, "--format", "int5", "-o", "{out}"],
+    "unknown method": ["compress", OPT, "--format", "int4", "--method", "magic", "-o", "{out}"],
+    "unknown data": ["evaluate", OPT, "--data", "wikitxt2"],
+    "missing file": ["evaluate", OPT, "--data", "no/such.txt"],
+    "missing prompt": ["evaluate", OPT, "--prompt", "no/prompt"],
+    "window too long": ["evaluate", OPT, "--length", "100000"],
+    "bad sparsity": ["compress", OPT, "--format", "unstructured", "--sparsity", "1.5", "-o", "{out}"],
+    "bad loss": ["train", OPT, "--loss", "mse", "-o", "{out}"],
+    "not packed": ["inspect", "{empty}"],
+    "dense explain": ["explain", OPT],
+    "other architecture": ["evaluate", "{bert}"],
+}
+
+
+@needs_opt
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_code_2(case, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    out = tmp_path / "out"
+    places = {"out": out, "empty": tmp_path / "empty", "bert": tmp_path / "bert"}
+    output = ctp(*[a.format(**places) for a in BAD[case]], code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bert", "empty"], "something half-written was left"
+
+
+@needs_opt
+def test_a_prompt_of_another_width_and_a_tampered_one_are_refused(folders, tmp_path):
+    weights = folders / "prompt" / "adapter_model.safetensors"
+    for name, tensor in {"wide": torch.randn(8, 64), "nan": torch.full((8, 128), float("nan"))}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text((folders / "prompt" / "adapter_config.json").read_text())
+        ctp("evaluate", folders / "packed", "--prompt", folder, "--count", 1, "--length", 64, code=2)
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    (truncated / "adapter_model.safetensors").write_bytes(weights.read_bytes()[:-5])
+    (truncated / "adapter_config.json").write_text((folders / "prompt" / "adapter_config.json").read_text())
+    ctp("generate", folders / "packed", "x", "--prompt", truncated, code=2)
+
+
+@needs_opt
+def test_nan_weights_are_named(tmp_path):
+    model, tokenizer = load_model(OPT)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("layers.1.fc1.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    output = ctp("compress", tmp_path / "dense", "--format", "int4", "--method", "rtn", "-o", tmp_path / "out", code=2)
+    assert "layers.1.fc1" in output and "NaN" in output
+    assert not (tmp_path / "out").exists()
+
+
+@needs_opt
+def test_a_damaged_packed_folder_is_refused(folders, tmp_path):
+    import shutil
+
+    shutil.copytree(folders / "packed", tmp_path / "packed")
+    manifest = json.loads((tmp_path / "packed" / MANIFEST).read_text())
+    assert "model.safetensors" in manifest["files"]
+    (tmp_path / "packed" / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "truncated or altered" in ctp("evaluate", tmp_path / "packed", code=2)
+
+
+def test_importing_touches_no_device_and_no_network():
+    code = (
+        "import sys, socket\n"
+        "def no(*a, **k): raise AssertionError('network at import')\n"
+        "socket.socket.connect = no\n"
+        "import ctp_kernels, ctp.cli\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'datasets' not in sys.modules and 'lm_eval' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

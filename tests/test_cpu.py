@@ -1,0 +1,246 @@
+"""The C++ kernels against the unpacked weight in fp64: every format, direction, dtype and instruction set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from ctp_kernels import FORMATS, CTPError, PackedWeight, pack, parse_format
+from ctp_kernels.backends import c_interface, cpu
+
+from .helpers import weight_for
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+
+GROUPED = [name for name, format in FORMATS.items() if format.quantized]
+NAMES = [*FORMATS, *(name + suffix for name in GROUPED for suffix in ("-g64-asym", "-row", "-g24"))]
+#: Every pattern, and every way a value is read; for the tests that do not need the whole product.
+SOME = [
+    "int4",
+    "int3-g24",
+    "int2-row",
+    "fp16",
+    "sparse24-bf16",
+    "sparse24-int8",
+    "unstructured-fp32",
+    "unstructured-int3",
+]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: hazard -> rows of x, (N, K)
+HAZARDS = {
+    "m1": (1, (36, 136)),
+    "m3": (3, (36, 136)),
+    "m17": (17, (36, 136)),
+    "m130": (130, (20, 72)),
+    "ragged_k": (2, (9, 172)),
+    "ragged_k_panel": (10, (9, 172)),
+    "n1": (9, (1, 64)),
+    "n33": (9, (33, 40)),
+    "tiny": (1, (2, 4)),
+}
+
+
+def isas() -> Iterator[str]:
+    """Each instruction set of this processor, switched on while the loop is at it."""
+    try:
+        for name in ("avx512", "avx2", "baseline"):
+            try:
+                cpu.set_isa(name)
+            except CTPError:
+                assert name != "baseline"
+                continue
+            yield name
+    finally:
+        cpu.set_isa("best")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small shapes on one thread, so that waking threads does not dominate; a test of threads sets its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def packed_weight(name: str, shape: tuple[int, int]) -> tuple[PackedWeight, torch.Tensor]:
+    """A packed weight, and what it unpacks to in fp64."""
+    packed = pack(weight_for(parse_format(name), *shape), name)
+    return packed, packed.unpack(torch.float32).double()
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+class Bound:
+    """How far from a @ b + bias in fp64 a kernel may be: `limit` times as far as a dense matmul in a's dtype is.
+
+    The floor, for sums that the dense matmul happens to hit: an fp32 rounding of the sum of magnitudes.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, limit: float) -> None:
+        wide, narrow = (0.0, 0.0) if bias is None else (bias.double(), bias)
+        self.exact, self.dtype = a.double() @ b + wide, a.dtype
+        dense = a @ b.to(a.dtype) + narrow
+        floor = torch.finfo(torch.float32).eps * (a.double().abs() @ b.abs()).max()
+        self.allowed = limit * (dense.double() - self.exact).abs().max() + floor
+
+    def check(self, found: torch.Tensor, what: str) -> None:
+        assert found.dtype == self.dtype and found.shape == self.exact.shape
+        error = (found.double() - self.exact).abs().max()
+        assert error <= self.allowed, f"{what}: error {error:.3e}, allowed {self.allowed:.3e}"
+
+
+def check_both_directions(name: str, m: int, shape: tuple[int, int], dtypes: Iterable[str]) -> None:
+    (n, k), (packed, weight) = shape, packed_weight(name, shape)
+    for dtype in dtypes:
+        kind = DTYPES[dtype]
+        x, dy, bias = random(m, k, dtype=kind), random(m, n, dtype=kind), random(n, dtype=kind)
+        forward, backward = Bound(x, weight.T, bias, 2), Bound(dy, weight, None, 3)
+        for isa in isas():
+            forward.check(cpu.matmul(x, packed.tensors, packed.format, n, bias), f"forward {dtype} {isa}")
+            backward.check(cpu.matmul_t(dy, packed.tensors, packed.format, k), f"dX {dtype} {isa}")
+
+
+@pytest.mark.parametrize("hazard", HAZARDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_as_exact_as_dense(name: str, hazard: str) -> None:
+    check_both_directions(name, *HAZARDS[hazard], dtypes=DTYPES)
+
+
+@pytest.mark.parametrize("m, shape", [(1, (6, 2500)), (6, (6, 1200)), (20, (270, 300)), (1030, (40, 260))])
+@pytest.mark.parametrize("name", SOME)
+def test_shapes_larger_than_every_block(name: str, m: int, shape: tuple[int, int]) -> None:
+    check_both_directions(name, m, shape, dtypes=["fp32"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_hot_rows_return_the_decoded_weight(name: str) -> None:
+    n, k = 35, 172
+    packed, weight = packed_weight(name, (n, k))
+    for dtype in DTYPES.values():
+        x, dy, rounded = torch.eye(k, dtype=dtype), torch.eye(n, dtype=dtype), weight.float().to(dtype)
+        for isa in isas():
+            for rows in (slice(None), slice(k - 1, k), slice(20, 23)):
+                y = cpu.matmul(x[rows], packed.tensors, packed.format, n, None)
+                assert torch.equal(y, rounded.T[rows]), f"forward {dtype} {isa}"
+            assert torch.equal(cpu.matmul_t(dy, packed.tensors, packed.format, k), rounded), f"dX {dtype} {isa}"
+
+
+@pytest.mark.parametrize("m", [1, 5, 12])
+@pytest.mark.parametrize("name", SOME)
+def test_strided(name: str, m: int) -> None:
+    n, k = 33, 172
+    packed, _ = packed_weight(name, (n, k))
+    for dtype in DTYPES.values():
+        wide_x, wide_dy = random(m, k + 20, dtype=dtype), random(m, n + 20, dtype=dtype)
+        for x, dy in (
+            (wide_x[:, 5 : 5 + k], wide_dy[:, 5 : 5 + n]),  # rows further apart than they are long
+            (wide_x[:1, :k].expand(m, k), wide_dy[:1, :n].expand(m, n)),  # all rows in one place
+            (wide_x[:, :k].T.contiguous().T, wide_dy[:, :n].T.contiguous().T),  # neighbours far apart
+        ):
+            y, dx = (
+                cpu.matmul(x, packed.tensors, packed.format, n, None),
+                cpu.matmul_t(dy, packed.tensors, packed.format, k),
+            )
+            assert torch.equal(y, cpu.matmul(x.clone().contiguous(), packed.tensors, packed.format, n, None))
+            assert torch.equal(dx, cpu.matmul_t(dy.clone().contiguous(), packed.tensors, packed.format, k))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_empty(name: str) -> None:
+    packed, _ = packed_weight(name, (33, 172))
+    assert cpu.matmul(torch.empty(0, 172), packed.tensors, packed.format, 33, None).shape == (0, 33)
+    assert cpu.matmul_t(torch.empty(0, 33), packed.tensors, packed.format, 172).shape == (0, 172)
+
+
+def test_weight_without_entries() -> None:
+    packed = pack(torch.zeros(3, 24), "unstructured-int4")
+    bias = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(cpu.matmul(torch.ones(2, 24), packed.tensors, packed.format, 3, bias), bias.expand(2, 3))
+    assert torch.equal(cpu.matmul_t(torch.ones(2, 3), packed.tensors, packed.format, 24), torch.zeros(2, 24))
+
+
+@pytest.mark.parametrize("m, shape", [(1, (256, 520)), (6, (256, 520)), (17, (96, 520)), (200, (33, 1040))])
+@pytest.mark.parametrize("name", SOME)
+def test_thread_count_does_not_change_the_bits(name: str, m: int, shape: tuple[int, int]) -> None:
+    n, k = shape
+    packed, _ = packed_weight(name, shape)
+    x, dy = random(m, k, dtype=torch.float32), random(m, n, dtype=torch.float32)
+    for isa in isas():
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = cpu.matmul(x, packed.tensors, packed.format, n, None)
+            found.append((y, cpu.matmul_t(dy, packed.tensors, packed.format, k)))
+        assert all(torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1]) for y, dx in found), isa
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_nothing_is_written_around_the_output(name: str) -> None:
+    n, k, edge = 33, 172, 64
+    packed, _ = packed_weight(name, (n, k))
+    library, weight = cpu._loaded(), c_interface.weight_of(packed.tensors, packed.format, n, k)
+    kinds = list(itertools.product((1, 2, 9, 30), enumerate((torch.float32, torch.float16))))
+    for isa in isas():
+        for m, (code, dtype) in kinds:
+            x, dy = random(m, k, dtype=dtype), random(m, n, dtype=dtype)
+            y, dx = (torch.full((m * width + 2 * edge,), 77.0, dtype=dtype) for width in (n, k))
+            start_y, start_dx = y[edge:].data_ptr(), dx[edge:].data_ptr()
+            assert library.ctp_cpu_matmul(weight, x.data_ptr(), k, m, None, start_y, code, 1) == 0
+            assert library.ctp_cpu_matmul_t(weight, dy.data_ptr(), n, m, start_dx, code, 1) == 0
+            for out in (y, dx):
+                assert (out[:edge] == 77).all() and (out[-edge:] == 77).all(), isa
+                assert (out[edge:-edge] != 77).all(), isa
+
+
+@pytest.mark.parametrize("m", [1, 4, 20])
+@pytest.mark.parametrize("name", ["int4", "sparse24-int4", "unstructured-bf16"])
+def test_nan_propagates_as_in_a_dense_matmul(name: str, m: int) -> None:
+    n, k = 33, 172
+    packed, _ = packed_weight(name, (n, k))
+    x, dy = random(m, k, dtype=torch.float32), random(m, n, dtype=torch.float32)
+    x[0, 170], dy[0, 31] = float("nan"), float("nan")
+    for isa in isas():
+        y = cpu.matmul(x, packed.tensors, packed.format, n, None)
+        dx = cpu.matmul_t(dy, packed.tensors, packed.format, k)
+        assert y[0].isnan().all() and dx[0].isnan().all(), isa  # also through pruned entries: NaN times zero
+        assert y[1:].isfinite().all() and dx[1:].isfinite().all(), isa
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounds_as_torch_does(dtype: str) -> None:
+    """A 1 x 1 weight of one copies x: every fp16 or bf16 pattern comes back, and fp32 sums round to nearest even."""
+    kind = DTYPES[dtype]
+    one = pack(torch.ones(1, 1), "fp32")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(kind)[:, None]
+    powers = 2.0 ** torch.arange(-28, 20).repeat(86)
+    sums = random(powers.numel(), dtype=torch.float32) * powers
+    weight = pack(sums[:, None], "fp32")
+    for isa in isas():
+        found = cpu.matmul(every, one.tensors, one.format, 1, None)
+        assert torch.equal(found.nan_to_num(7.0), every.nan_to_num(7.0)), isa
+        assert torch.equal(found.isnan(), every.isnan()), isa
+        rounded = cpu.matmul(torch.ones(1, 1, dtype=kind), weight.tensors, weight.format, len(sums), None)
+        assert torch.equal(rounded[0], sums.to(kind)), isa
+
+
+def test_activations_of_another_width_are_refused() -> None:
+    packed, _ = packed_weight("int4", (33, 172))
+    with pytest.raises(CTPError, match="say that the int4 weight is"):
+        cpu.matmul(torch.ones(2, 300), packed.tensors, packed.format, 33, None)
+    with pytest.raises(CTPError, match="bias"):
+        cpu.matmul(torch.ones(2, 172), packed.tensors, packed.format, 33, torch.ones(32))
+
+
+def test_unsupported_says_why() -> None:
+    format, shape, device = parse_format("int4"), (8, 64), torch.device("cpu")
+    assert cpu.unsupported(format, shape, torch.float32, device, "forward") is None
+    assert "float64" in str(cpu.unsupported(format, shape, torch.float64, device, "forward"))
+    assert "cuda" in str(cpu.unsupported(format, shape, torch.float32, torch.device("cuda"), "forward"))

@@ -1,0 +1,141 @@
+"""The operators and PackedLinear: against the unpacked weight, under autograd, opcheck and torch.compile."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from ctp_kernels import CTPError, PackedLinear, pack, parse_format
+from tests.helpers import FORMAT_NAMES, weight_for
+
+SOME = ["int4", "int3-g64-asym", "sparse24", "unstructured", "sparse24-int3", "unstructured-int4"]
+
+
+def layer_for(name: str, n: int = 24, k: int = 172, backend: str = "auto", bias: bool = True) -> PackedLinear:
+    format = parse_format(name)
+    torch.manual_seed(1)
+    return PackedLinear(pack(weight_for(format, n, k), format), torch.randn(n) if bias else None, backend)
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_reference_is_the_unpacked_linear(name):
+    layer = layer_for(name, backend="reference")
+    dense = layer.packed.unpack().double()
+    x = torch.randn(2, 3, 172, dtype=torch.double, requires_grad=True)
+    y = layer.double()(x)
+    expected = torch.nn.functional.linear(x, dense, layer.bias)
+    assert torch.allclose(y, expected, rtol=1e-12)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.allclose(dx, dy @ dense, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_gradcheck_in_fp64(name):
+    layer = layer_for(name, n=5, k=20, backend="reference").double()
+    x = torch.randn(3, 20, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", SOME)
+def test_opcheck(name, backend):
+    packed = layer_for(name).packed
+    x = torch.randn(3, 172, requires_grad=True)
+    bias = torch.randn(24, requires_grad=True)
+    torch.library.opcheck(torch.ops.ctp.matmul, (x, packed.tensors, bias, name_of(packed), 24, backend))
+    dy = torch.randn(3, 24, requires_grad=True)
+    torch.library.opcheck(torch.ops.ctp.matmul_t, (dy, packed.tensors, name_of(packed), 172, backend))
+
+
+def name_of(packed):
+    return packed.format.name
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_compile_without_a_graph_break_forward_and_backward(backend):
+    layer = layer_for("unstructured-int4", backend=backend)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(4, 172, requires_grad=True)
+    y = compiled(x)
+    assert torch.allclose(y, layer(x), atol=1e-5)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    assert torch.allclose(dx, expected, atol=1e-5)
+
+
+def test_backward_keeps_only_the_packed_buffers():
+    layer = layer_for("int4")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(64, 172, requires_grad=True)).sum()
+    own = {tensor.data_ptr() for tensor in layer.packed.tensors}
+    assert kept and all(tensor.data_ptr() in own for tensor in kept)
+
+
+def test_bias_gets_a_gradient_when_asked():
+    layer = layer_for("int4")
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(7, 172)).sum().backward()
+    assert torch.allclose(layer.bias.grad, torch.full((24,), 7.0))
+
+
+def test_casting_moves_what_linear_would_move_and_no_code():
+    for name in ("int4-asym", "sparse24"):
+        layer = layer_for(name)
+        before = layer.packed
+        half = copy.deepcopy(layer).to(torch.bfloat16)
+        assert half.bias.dtype == torch.bfloat16 and half.dtype == torch.bfloat16
+        x = torch.randn(3, 172).bfloat16()
+        assert half(x).dtype == torch.bfloat16
+        for buffer, tensor in half.packed.buffers.items():
+            old = before.buffers[buffer]
+            expected = old.bfloat16() if buffer == "values" else old
+            assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+        half.packed.validate()
+    assert half.format.name == "sparse24-bf16"
+
+
+def test_double_is_exact():
+    layer = layer_for("sparse24", backend="reference")
+    wide = copy.deepcopy(layer).double()
+    assert torch.equal(wide.packed.unpack(torch.float32), layer.packed.unpack())
+    assert wide(torch.randn(2, 172).double()).dtype == torch.double
+
+
+def test_state_dict_round_trip_through_torch_save():
+    layer = layer_for("unstructured-int3")
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = PackedLinear(pack(torch.zeros(24, 172), "unstructured-int3"), torch.zeros(24))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(2, 172)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_damaged_state_is_refused_and_the_layer_stays_sound():
+    layer = layer_for("unstructured-int3")
+    state = layer.state_dict()
+    state["row_offsets"] = state["row_offsets"] * 3
+    other = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match="row_offsets"):
+        other.load_state_dict(state)
+    assert torch.equal(other(torch.ones(1, 172)), layer(torch.ones(1, 172)))
+
+
+def test_deepcopy_shares_nothing():
+    layer = layer_for("int4")
+    other = copy.deepcopy(layer)
+    other.scales.zero_()
+    assert layer.scales.abs().sum() > 0
+
+
+def test_an_impossible_request_raises_with_the_reason():
+    layer = layer_for("int4", backend="triton")
+    with pytest.raises(CTPError, match="triton"):
+        layer(torch.randn(1, 172))
+    with pytest.raises(CTPError, match="unknown backend"):
+        layer_for("int4", backend="gpu")(torch.randn(1, 172))

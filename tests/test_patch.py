@@ -1,0 +1,149 @@
+"""patch_model and unpatch_model on whole models, and the packed checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+from ctp_kernels import CTPError, PackedLinear, explain, patch_model, unpatch_model
+from ctp_kernels.checkpoints import MANIFEST, load_packed, save_packed
+from tests.helpers import MODELS, small_model
+
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("format", ["int4", "sparse24-int3-g64-asym", "unstructured"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_and_unpacked_models_agree(name, format):
+    model = small_model(name)
+    patch_model(model, format)
+    packed_logits = model(IDS).logits
+    tokens = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert len(model.ctp_report.layers) > 0
+    unpatch_model(model)
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert torch.allclose(model(IDS).logits, packed_logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), tokens)
+
+
+def test_unpatch_of_floating_values_gives_the_weights_back():
+    model = small_model("llama-gqa-tied")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    unpatch_model(patch_model(model, "unstructured"))
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_auto_looks_at_each_weight():
+    model = small_model("llama-gqa-tied")
+    block = model.model.layers[0].mlp
+    block.up_proj.weight.view(-1, 4)[:, 1:3] = 0
+    block.gate_proj.weight.mul_(torch.rand_like(block.gate_proj.weight) > 0.7)
+    block.down_proj.weight.mul_(torch.rand_like(block.down_proj.weight) > 0.1)
+    patch_model(model)
+    assert block.up_proj.format.name == "sparse24-fp32"
+    assert block.gate_proj.format.name == "unstructured-fp32"
+    assert block.down_proj.format.name == "int4"
+
+
+def test_report_counts_and_names_what_was_skipped():
+    model = small_model("llama-gqa-tied")
+    dense = sum(m.weight.nbytes for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
+    report = patch_model(model, "int4", skip=("lm_head", "*.1.*", "q_proj")).ctp_report
+    assert len(report.layers) == 6
+    assert set(report.skipped) >= {"lm_head", "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"}
+    assert report.bytes_packed == sum(m.packed.nbytes for m in model.modules() if isinstance(m, PackedLinear))
+    assert report.bytes_dense < dense and "skipped" in str(report)
+    json.dumps(report.to_dict())
+
+
+def test_patching_twice_keeps_the_packed_layers():
+    model = patch_model(small_model("opt"), "int3")
+    codes = model.model.decoder.layers[0].fc1.codes
+    patch_model(model, "int4")
+    assert model.model.decoder.layers[0].fc1.codes is codes
+
+
+def test_explain_says_what_runs_and_why():
+    model = patch_model(small_model("opt"), "int3")
+    rows = explain(model).rows
+    assert len(rows) == len(model.ctp_report.layers)
+    assert all(row["forward"] and row["backward"] for row in rows)
+    assert "int3" in str(explain(model))
+    slow = patch_model(small_model("opt"), "int3", backend="reference")
+    assert {row["forward"] for row in explain(slow).rows} == {"reference"}
+
+
+def test_requests_that_cannot_be_met_change_nothing():
+    model = small_model("llama-gqa-tied")
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(CTPError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+        patch_model(model, "int4")
+    model = small_model("llama-gqa-tied")
+    for bad in ({"skip": ("no_such_layer",)}, {"backend": "no_such"}, {"backend": "triton"}, {"format": "int5"}):
+        with pytest.raises(CTPError):
+            patch_model(model, **{"format": "int4", **bad})
+    odd = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    with pytest.raises(CTPError, match="K = 6"):
+        patch_model(odd, "sparse24")
+    with pytest.raises(CTPError, match=r"no nn\.Linear"):
+        patch_model(torch.nn.Sequential(torch.nn.ReLU()))
+    with pytest.raises(CTPError, match="no packed layer"):
+        unpatch_model(odd)
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("skip", [("lm_head",), ()])
+def test_checkpoint_round_trip(tmp_path, name, skip):
+    model = patch_model(small_model(name), "unstructured-int3-g64", skip=skip)
+    save_packed(model, tmp_path / "packed", info={"method": "rtn"})
+    loaded = load_packed(tmp_path / "packed")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert json.loads((tmp_path / "packed" / MANIFEST).read_text())["info"] == {"method": "rtn"}
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def edit_manifest(folder, change):
+    path = folder / MANIFEST
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+DAMAGE = {
+    "truncated": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]),
+    "flipped": lambda f: (f / "model.safetensors").write_bytes(
+        (f / "model.safetensors").read_bytes()[:-1] + bytes([(f / "model.safetensors").read_bytes()[-1] ^ 1])
+    ),
+    "missing": lambda f: (f / "model.safetensors").unlink(),
+    "not-json": lambda f: (f / MANIFEST).write_text("{"),
+    "version": lambda f: edit_manifest(f, lambda m: m.update(version=99)),
+    "no-layers": lambda f: edit_manifest(f, lambda m: m.pop("layers")),
+    "unknown-layer": lambda f: edit_manifest(f, lambda m: m["layers"].update(x=dict(next(iter(m["layers"].values()))))),
+    "wrong-format": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(format="sparse24")),
+    "wrong-shape": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(shape=[1, 2**40])),
+    "path-escape": lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_refused(tmp_path, damage):
+    folder = tmp_path / "packed"
+    save_packed(patch_model(small_model("opt"), "int4"), folder)
+    DAMAGE[damage](folder)
+    with pytest.raises(CTPError) as error:
+        load_packed(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_saving_again_replaces_the_folder_as_a_whole(tmp_path):
+    save_packed(patch_model(small_model("opt"), "int4"), tmp_path / "packed")
+    (tmp_path / "packed" / "stale.txt").write_text("old")
+    save_packed(patch_model(small_model("opt"), "int3"), tmp_path / "packed")
+    assert not (tmp_path / "packed" / "stale.txt").exists()
+    assert load_packed(tmp_path / "packed").model.decoder.layers[0].fc1.format.name == "int3"
+    with pytest.raises(CTPError, match="no packed layer"):
+        save_packed(small_model("opt"), tmp_path / "packed")
+    assert (tmp_path / "packed" / MANIFEST).exists()
