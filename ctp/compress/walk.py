@@ -146,7 +146,7 @@ def compress_model(
     report = CompressReport(str(format), method, skipped=skipped)
     stream = None if windows is None else Activations(model, blocks, windows, batch_size)
 
-    with true_fp32(), tqdm(blocks, unit="block", disable=not progress) as bar:
+    with true_fp32(), tqdm(blocks, unit="block", disable=None if progress else True) as bar:
         for index, (block_name, block) in enumerate(bar):
             names = [n for n in block_linears(block) if f"{block_name}.{n}" not in skipped]
             solved = finished.load(index) if finished else None

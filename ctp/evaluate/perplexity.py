@@ -52,7 +52,7 @@ def perplexity(
     if isinstance(prompt, SoftPrompt) and mode == "kv":
         prompt = prompt_cache(model, prompt)
     nll = 0.0
-    for start in tqdm(range(0, len(windows), batch_size), unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(windows), batch_size), unit="batch", disable=None if progress else True):
         ids = windows.ids[start : start + batch_size].to(device)
         scored = windows.scored[start : start + batch_size, 1:].to(device)
         logits = prompted_logits(model, ids[:, :-1], prompt=prompt, mode=mode)
