@@ -13,12 +13,15 @@ from pathlib import Path
 
 import torch
 
+from ctp_kernels.backends import cpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """name: the processor; threads: torch's; gb_per_s and gflop_per_s: measured by reading 512 MB, by fp32 matmul."""
+    """name: the processor; threads: torch's; the roofs, measured: gb_per_s by reading 512 MB, gflop_per_s by fp32
+    multiply-adds in registers (CPU) or an fp16 matmul of 8192 x 8192 x 8192 (GPU)."""
 
     name: str
     device: str
@@ -60,9 +63,13 @@ def machine(device: str) -> Machine:
     """Name the machine and measure its roofs; takes about two seconds on two cores."""
     big = torch.ones(128 * 2**20, device=device)
     bandwidth = big.nbytes / median_seconds(lambda: big.sum(), device) / 1e9
-    side = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
-    flops = 2 * side**3 / median_seconds(lambda: a @ b, device) / 1e9
+    if device == "cpu":
+        turns = 10_000_000
+        flops = cpu.multiply_add(turns) / median_seconds(lambda: cpu.multiply_add(turns), device) / 1e9
+    else:
+        side = 8192
+        a, b = (torch.randn(side, side, device=device, dtype=torch.float16) for _ in range(2))
+        flops = 2 * side**3 / median_seconds(lambda: a @ b, device) / 1e9
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return Machine(
         name, device, torch.get_num_threads(), round(bandwidth, 1), round(flops, 1), torch.__version__,

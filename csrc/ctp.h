@@ -51,6 +51,9 @@ int ctp_cpu_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t
 int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,
                      int32_t threads);
 
+/* For benchmarks: runs `turns` turns of independent multiply-adds in registers on each thread, and returns how many
+ * floating-point operations that was. Timed, it gives the arithmetic limit of this instruction set. */
+int64_t ctp_cpu_multiply_add(int64_t turns, int32_t threads);
 /* The number that the build gave as -DCTP_ABI: the CRC-32 of the sources. A loader refuses any other. */
 uint32_t ctp_cpu_abi(void);
 /* "baseline", "avx2" or "avx512": what the next call runs. */

@@ -90,6 +90,14 @@ int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int
   return ctp::checked_run(weight, dy, lddy, m, nullptr, dx, dtype, threads, true);
 }
 
+int64_t ctp_cpu_multiply_add(int64_t turns, int32_t threads) {
+#if defined(__x86_64__)
+  if (ctp::chosen_isa == CTP_AVX512) return ctp::avx512::multiply_add(turns, threads);
+  if (ctp::chosen_isa == CTP_AVX2) return ctp::avx2::multiply_add(turns, threads);
+#endif
+  return ctp::baseline::multiply_add(turns, threads);
+}
+
 uint32_t ctp_cpu_abi(void) { return CTP_ABI; }
 
 const char* ctp_cpu_isa(void) {

@@ -32,12 +32,15 @@ float* scratch(size_t floats);
 
 namespace baseline {
 int run(const Job& job, int threads);
-}
+int64_t multiply_add(int64_t turns, int threads);
+}  // namespace baseline
 namespace avx2 {
 int run(const Job& job, int threads);
-}
+int64_t multiply_add(int64_t turns, int threads);
+}  // namespace avx2
 namespace avx512 {
 int run(const Job& job, int threads);
-}
+int64_t multiply_add(int64_t turns, int threads);
+}  // namespace avx512
 
 }  // namespace ctp

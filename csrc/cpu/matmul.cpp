@@ -352,5 +352,22 @@ int run(const Job& job, int threads) {
   return status;
 }
 
+int64_t multiply_add(int64_t turns, int threads) {
+  constexpr int kChains = 10;  // in flight: latency times units, and no more than any instruction set has registers
+  float kept = 0;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(+ : kept)
+  for (int t = 0; t < threads; ++t) {
+    vf chains[kChains], factor = set1(0.5f + 0.01f * (float)t), term = set1(1.0f);
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) chains[i] = set1((float)i);
+    for (int64_t turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 16
+      for (int i = 0; i < kChains; ++i) chains[i] = fma(chains[i], factor, term);
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) kept += sum(chains[i]);
+  }
+  return kept == 0 ? 0 : turns * threads * kChains * W * 2;  // always the latter; the sum keeps the loop alive
+}
+
 }  // namespace CTP_ISA
 }  // namespace ctp

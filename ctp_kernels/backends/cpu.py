@@ -27,6 +27,7 @@ def _library() -> ctypes.CDLL | str:
     weight = ctypes.POINTER(Weight)
     library.ctp_cpu_matmul.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, i32)
     library.ctp_cpu_matmul_t.argtypes = (weight, pointer, i64, i64, pointer, i32, i32)
+    library.ctp_cpu_multiply_add.argtypes, library.ctp_cpu_multiply_add.restype = (i64, i32), i64
     library.ctp_cpu_isa.restype = library.ctp_cpu_status_string.restype = ctypes.c_char_p
     return library
 
@@ -65,6 +66,11 @@ def set_isa(name: str) -> None:
     Raises CTPError where the processor lacks it.
     """
     _check(_loaded(), _loaded().ctp_cpu_set_isa(_ISAS[name]))
+
+
+def multiply_add(turns: int) -> int:
+    """Multiply-adds in registers on torch's threads, to be timed: the number of floating-point operations done."""
+    return _loaded().ctp_cpu_multiply_add(turns, torch.get_num_threads())
 
 
 def matmul(
