@@ -34,7 +34,12 @@ def plot_kernels(rows: list[dict[str, str]], path: Path) -> Path:
         for label, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="rows of x", ylabel="speed, dense = 1", xscale="log", yscale="log")
+        axis.set(title=title, xlabel="rows of x", ylabel="speed, dense = 1")
+        ticks = sorted({rows for points in lines.values() for rows, _ in points})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(rows) for rows in ticks])
+        axis.set_ylim(0, None)
+        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     return _save(figure, path)
 
