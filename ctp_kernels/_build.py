@@ -39,7 +39,7 @@ AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")
 ISA_FLAGS = {
     "baseline": (),
     "avx2": AVX2_FLAGS,
-    "avx512": (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "avx512": (*AVX2_FLAGS, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "vnni"))),
 }
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a")
 CUDA_FLAGS = (

@@ -22,7 +22,9 @@ bool runs_here(int32_t isa) {
   if (isa == CTP_AVX2) return avx2;
   if (isa == CTP_AVX512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vnni");
 #endif
   return isa == CTP_BASELINE;
 }
@@ -37,6 +39,13 @@ int run(const Job& job, int threads) {
   if (chosen_isa == CTP_AVX2) return avx2::run(job, threads);
 #endif
   return baseline::run(job, threads);
+}
+
+int64_t stored_bytes(const ctp_weight& w) {
+  static const int bits[] = {32, 16, 16, 8, 4, 2, 2};
+  const int64_t in_row = w.pattern == CTP_SPARSE24 ? w.k / 2 : w.k;
+  const int64_t slots = w.pattern == CTP_UNSTRUCTURED ? (int64_t)w.row_offsets[w.n] * 8 : w.n * ((in_row + 7) & ~7);
+  return slots * bits[w.values] / 8;
 }
 
 bool sound(const ctp_weight& w) {
@@ -60,7 +69,7 @@ int checked_run(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m,
     return CTP_BAD_ARGUMENT;
   if (m == 0) return CTP_OK;
   if (!x || !y) return CTP_BAD_ARGUMENT;
-  Job job{{*weight, 0}, x, ldx, m, bias, y, dtype, transposed};
+  Job job{{*weight, 0, stored_bytes(*weight)}, x, ldx, m, bias, y, dtype, transposed};
   if (weight->values >= CTP_INT8) job.weight.groups = (weight->k + weight->group - 1) / weight->group;
   return run(job, threads);
 }

@@ -5,9 +5,7 @@
 // depth and columns are (k, n) forward and (n, k) for dx; one register-tiled kernel C += A P serves both.
 // Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
-#include "kernels.h"
-#include "patterns.h"
-#include "simd.h"
+#include "decode.h"
 
 namespace {
 

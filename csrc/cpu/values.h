@@ -26,8 +26,9 @@ inline void prefetch(const void* stored, int64_t slot) {
 
 template <int kValues>
 struct Floating {
-  static constexpr bool kGrouped = false;
-  static void ahead(const Weight& w, int64_t slot) { prefetch<kValues == CTP_FP32 ? 32 : 16>(w.stored, slot); }
+  static constexpr bool kGrouped = false, kBrain = kValues == CTP_BF16;
+  static constexpr int kWidth = kValues == CTP_FP32 ? 32 : 16;
+  static void ahead(const Weight& w, int64_t slot) { prefetch<kWidth>(w.stored, slot); }
   static Identity grid(const Weight&, int64_t, int64_t) { return {}; }
   template <int S>
   static vf raw(const Weight& w, int64_t slot) {
@@ -40,6 +41,7 @@ struct Floating {
 template <int kBits>
 struct Coded {
   static constexpr bool kGrouped = true;
+  static constexpr int kWidth = kBits;
   static void ahead(const Weight& w, int64_t slot) {
     prefetch<kBits == 3 ? 2 : kBits>(w.stored, slot);
     if constexpr (kBits == 3) prefetch<1>(w.stored_hi, slot);

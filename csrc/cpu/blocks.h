@@ -1,0 +1,177 @@
+// Sixty-four inputs of a row at a time, in registers, with AVX-512 VBMI and VBMI2. The pattern is applied to codes and
+// 16-bit values before they are widened: one expand places 64 codes or 32 values.
+//
+//   Blocks<Pattern, Values> blocks(weight, row, k, slot)   slot: of the first stored entry at or after input k
+//   held = blocks.next()                                   the next 64 inputs, packed
+//   blocks.lanes(held, grid, i)                            values of inputs 16 i .. 16 i + 15 of them
+#pragma once
+
+#include "patterns.h"
+
+namespace {
+
+// kBytes bytes at p; or, where kBytes is 0, 64 bytes of which `there` (any number) may be read; then zeros.
+template <int kBytes>
+inline __m512i bytes_at(const uint8_t* p, int64_t there) {
+  if constexpr (kBytes == 64) return _mm512_loadu_si512(p);
+  if constexpr (kBytes == 32) return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  if constexpr (kBytes == 16) return _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (kBytes == 8) return _mm512_zextsi128_si512(_mm_loadl_epi64((const __m128i*)p));
+  if (__builtin_expect(there >= 64, 1)) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8(there > 0 ? _bzhi_u64(~0ull, (unsigned)there) : 0, p);
+}
+
+// The 64 bits from bit `slot` on, of which whole bytes below `limit` may be read.
+inline uint64_t bits_at(const uint8_t* p, int64_t slot, int64_t limit) {
+  const uint8_t* at = p + (slot >> 3);
+  const int64_t there = limit - (slot >> 3);
+  const unsigned shift = slot & 7;
+  if (__builtin_expect(there >= 9, 1)) return peek<uint64_t>(at) >> shift | (uint64_t)at[8] << 1 << (63 - shift);
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < there && i < 8; ++i) bits |= (uint64_t)at[i] << (8 * i);
+  return bits >> shift;
+}
+
+// Byte i of the result is byte `kStep * (i / 8) + i % 8` of v: eight bytes from where eight codes of kStep bits begin.
+template <int kStep>
+inline __m512i eights(__m512i v) {
+  alignas(64) static constexpr auto table = [] {
+    struct {
+      uint8_t at[64];
+    } t{};
+    for (int i = 0; i < 64; ++i) t.at[i] = (uint8_t)(kStep * (i / 8) + i % 8);
+    return t;
+  }();
+  return _mm512_permutexvar_epi8(_mm512_load_si512(table.at), v);
+}
+
+// 64 codes of a plane of kBits = 2 or 4 bits, one a byte. kStored: how many are stored, in whole eights; or 0 where
+// any number is, from any slot.
+template <int kBits, int kStored>
+inline __m512i plane_codes(const uint8_t* plane, int64_t slot, int64_t bytes) {
+  constexpr uint64_t kOffsets = kBits == 4 ? 0x1c1814100c080400 : 0x0e0c0a0806040200;
+  const int64_t at = slot * kBits >> 3;
+  const uint64_t shift = kStored ? 0 : (uint64_t)(slot * kBits & 7) * 0x0101010101010101;
+  const __m512i fields =
+      _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)(kOffsets + shift)),
+                                   eights<kBits>(bytes_at<kStored * kBits / 8>(plane + at, bytes - at)));
+  return _mm512_and_si512(fields, _mm512_set1_epi8((1 << kBits) - 1));
+}
+
+template <int kBits, int kStored>
+inline __m512i codes64(const Weight& w, int64_t slot) {
+  const uint8_t* low = (const uint8_t*)w.stored;
+  if constexpr (kBits == 8) return bytes_at<kStored>(low + slot, w.stored_bytes - slot);
+  if constexpr (kBits == 4 || kBits == 2) return plane_codes<kBits, kStored>(low, slot, w.stored_bytes);
+  const __m512i pairs = plane_codes<2, kStored>(low, slot, w.stored_bytes);
+  const uint8_t* high = (const uint8_t*)w.stored_hi;
+  __mmask64 fours;
+  if constexpr (kStored == 64)
+    fours = peek<uint64_t>(high + (slot >> 3));
+  else if constexpr (kStored == 32)
+    fours = peek<uint32_t>(high + (slot >> 3));
+  else
+    fours = bits_at(high, slot, w.stored_bytes >> 1);
+  return _mm512_mask_add_epi8(pairs, fours, pairs, _mm512_set1_epi8(4));
+}
+
+struct Held {
+  __m512i part[4];  // 64 codes; or 2 x 32 16-bit values; or 4 x 16 fp32 values
+  uint64_t mask;
+};
+
+// Byte 4 j of the result is byte 16 i + j of v, the others zero.
+inline __m512i sixteen(__m512i v, int i) {
+  alignas(64) static constexpr auto table = [] {
+    struct {
+      uint8_t at[4][64];
+    } t{};
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 64; ++j) t.at[i][j] = (uint8_t)(16 * i + j / 4);
+    return t;
+  }();
+  return _mm512_maskz_permutexvar_epi8(0x1111111111111111, _mm512_load_si512(table.at[i]), v);
+}
+
+// The high half of dword j of the result is word 16 i + j of v, the low half zero.
+inline __m512i high_halves(__m512i v, int i) {
+  alignas(64) static constexpr auto table = [] {
+    struct {
+      uint16_t at[2][32];
+    } t{};
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 32; ++j) t.at[i][j] = (uint16_t)(16 * i + j / 2);
+    return t;
+  }();
+  return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(table.at[i]), v);
+}
+
+template <class Pattern, class Values>
+struct Blocks {
+  const Weight& w;
+  const uint8_t* mask;
+  int64_t slot;
+
+  Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot)
+      : w(w), mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {}
+
+  Held next() {
+    Held held;
+    held.mask = ~0ull;
+    if constexpr (Pattern::kSparse) {
+      held.mask = peek<uint64_t>(mask);
+      mask += 8;
+    }
+    Values::ahead(w, slot + kAhead);
+    if constexpr (Values::kGrouped) {
+      held.part[0] = codes64<Values::kWidth, Pattern::kBlockStored>(w, slot);
+      if constexpr (Pattern::kSparse)  // bit 4: no entry
+        held.part[0] = _mm512_mask_expand_epi8(_mm512_set1_epi8(16), held.mask, held.part[0]);
+    } else {
+      constexpr int kSize = Values::kWidth / 8, kEach = 64 / kSize;
+      int64_t at = slot;
+#pragma GCC unroll 4
+      for (int i = 0; i < kSize; ++i) {
+        const __m512i bytes = bytes_at<Pattern::kBlockStored * kSize / (64 / kEach)>(
+            (const uint8_t*)w.stored + at * kSize, w.stored_bytes - at * kSize);
+        if constexpr (!Pattern::kSparse) {
+          held.part[i] = bytes;
+          at += kEach;
+        } else if constexpr (kSize == 2) {
+          const uint32_t bits = (uint32_t)(held.mask >> (32 * i));
+          held.part[i] = _mm512_maskz_expand_epi16(bits, bytes);
+          at += Pattern::kBlockStored ? Pattern::kBlockStored * kEach / 64 : __builtin_popcount(bits);
+        } else {
+          const uint16_t bits = (uint16_t)(held.mask >> (16 * i));
+          held.part[i] = _mm512_maskz_expand_epi32(bits, bytes);
+          at += Pattern::kBlockStored ? Pattern::kBlockStored * kEach / 64 : __builtin_popcount(bits);
+        }
+      }
+    }
+    slot += Pattern::kBlockStored ? Pattern::kBlockStored : __builtin_popcountll(held.mask);
+    return held;
+  }
+
+  template <class G>
+  static vf lanes(const Held& held, const G& grid, int i) {
+    if constexpr (Values::kGrouped) {
+      const __m512i codes = sixteen(held.part[0], i);
+      if constexpr (Values::kWidth == 8)
+        return Pattern::kSparse ? keep(grid(as_float(codes)), (unsigned)(held.mask >> (16 * i)) & 0xffff)
+                                : grid(as_float(codes));
+      else if constexpr (Pattern::kSparse)
+        return _mm512_permutex2var_ps(grid.table, codes, zero());
+      else
+        return grid(as_float(codes));
+    } else if constexpr (Values::kWidth == 32) {
+      return as_float(held.part[i]);
+    } else if constexpr (Values::kBrain) {
+      return as_float(high_halves(held.part[i / 2], i % 2));
+    } else {
+      const __m512i part = held.part[i / 2];
+      return _mm512_cvtph_ps(i % 2 ? _mm512_extracti64x4_epi64(part, 1) : _mm512_castsi512_si256(part));
+    }
+  }
+};
+
+}  // namespace
