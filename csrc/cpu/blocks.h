@@ -2,7 +2,7 @@
 // 16-bit values before they are widened: one expand places 64 codes or 32 values.
 //
 //   Blocks<Pattern, Values> blocks(weight, row, k, slot)   slot: of the first stored entry at or after input k
-//   held = blocks.next()                                   the next 64 inputs, packed
+//   held = blocks.next(weight, ahead)                             the next 64 inputs, packed
 //   blocks.lanes(held, grid, i)                            values of inputs 16 i .. 16 i + 15 of them
 #pragma once
 
@@ -108,22 +108,27 @@ inline __m512i high_halves(__m512i v, int i) {
 
 template <class Pattern, class Values>
 struct Blocks {
-  const Weight& w;
   const uint8_t* mask;
   int64_t slot;
 
+  Blocks() = default;
   Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot)
-      : w(w), mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {}
+      : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {}
 
-  Held next() {
+  // ahead: how many entries further on to prefetch from
+  template <bool kStrided>
+  Held next(const Weight& w, int64_t ahead) {
     Held held;
     held.mask = ~0ull;
     if constexpr (Pattern::kSparse) {
       held.mask = peek<uint64_t>(mask);
       mask += 8;
     }
-    Values::ahead(w, slot + kAhead);
-    if constexpr (Values::kGrouped) {
+    Values::ahead(w, slot + ahead);
+    if constexpr (kStrided && Pattern::kBlockStored == 64 && Values::kWidth == 4) {  // four codes a dword: one shuffle
+      const uint8_t* fours = (const uint8_t*)w.stored + (slot >> 1);
+      held.part[0] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)fours));
+    } else if constexpr (Values::kGrouped) {
       held.part[0] = codes64<Values::kWidth, Pattern::kBlockStored>(w, slot);
       if constexpr (Pattern::kSparse)  // bit 4: no entry
         held.part[0] = _mm512_mask_expand_epi8(_mm512_set1_epi8(16), held.mask, held.part[0]);
@@ -152,25 +157,66 @@ struct Blocks {
     return held;
   }
 
+  // Values of inputs 16 i .. 16 i + 15.
   template <class G>
   static vf lanes(const Held& held, const G& grid, int i) {
     if constexpr (Values::kGrouped) {
-      const __m512i codes = sixteen(held.part[0], i);
-      if constexpr (Values::kWidth == 8)
-        return Pattern::kSparse ? keep(grid(as_float(codes)), (unsigned)(held.mask >> (16 * i)) & 0xffff)
-                                : grid(as_float(codes));
-      else if constexpr (Pattern::kSparse)
-        return _mm512_permutex2var_ps(grid.table, codes, zero());
-      else
-        return grid(as_float(codes));
+      const vf values = look_up(sixteen(held.part[0], i), grid);
+      return Values::kWidth == 8 && Pattern::kSparse ? keep(values, (unsigned)(held.mask >> (16 * i)) & 0xffff)
+                                                     : values;
+    } else if constexpr (Values::kBrain) {
+      return as_float(high_halves(held.part[i / 2], i % 2));
+    } else {
+      return strided(held, grid, i);
+    }
+  }
+
+  // Of every kStride inputs one, from input i on (then from kStride * 16 + i - kStride on, and so forth): fewer
+  // shuffles.
+  static constexpr int kStride = Values::kGrouped ? 4 : Values::kBrain ? 2 : 1;
+  template <class G>
+  static vf strided(const Held& held, const G& grid, int i) {
+    if constexpr (Values::kGrouped && Values::kWidth == 8) {
+      const __m512i codes = _mm512_and_si512(_mm512_srli_epi32(held.part[0], 8 * i), _mm512_set1_epi32(0xff));
+      const vf values = look_up(codes, grid);
+      return Pattern::kSparse ? keep(values, (unsigned)_pext_u64(held.mask, 0x1111111111111111 << i)) : values;
+    } else if constexpr (Values::kGrouped) {
+      return look_up(_mm512_srli_epi32(held.part[0], (Pattern::kBlockStored == 64 && Values::kWidth == 4 ? 4 : 8) * i),
+                     grid);
     } else if constexpr (Values::kWidth == 32) {
       return as_float(held.part[i]);
     } else if constexpr (Values::kBrain) {
-      return as_float(high_halves(held.part[i / 2], i % 2));
+      const __m512i part = held.part[i / 2];
+      return as_float(i % 2 ? _mm512_and_si512(part, _mm512_set1_epi32((int)0xffff0000)) : _mm512_slli_epi32(part, 16));
     } else {
       const __m512i part = held.part[i / 2];
       return _mm512_cvtph_ps(i % 2 ? _mm512_extracti64x4_epi64(part, 1) : _mm512_castsi512_si256(part));
     }
+  }
+
+  // 64 floats, so that strided(.., i) meets lanes 16 i .. 16 i + 15 of them.
+  static void reorder(float* x) {
+    if constexpr (kStride == 4) {
+      alignas(64) float out[64];
+      transpose4(x, 4, out, 16);
+      memcpy(x, out, sizeof out);
+    } else if constexpr (kStride == 2) {
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      for (int i = 0; i < 64; i += 32) {
+        const vf a = load(x + i), b = load(x + i + 16);
+        store(x + i, _mm512_permutex2var_ps(a, even, b));
+        store(x + i + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
+      }
+    }
+  }
+
+ private:
+  template <class G>
+  static vf look_up(__m512i codes, const G& grid) {
+    if constexpr (Pattern::kSparse && Values::kWidth < 8)
+      return _mm512_permutex2var_ps(grid.table, codes, zero());
+    else
+      return grid(as_float(codes));
   }
 };
 

@@ -30,7 +30,7 @@ inline void dense_run(const Weight& w, const G& grid, int64_t slot, int64_t k, i
 
 template <class Values, class G, class Sink>
 inline void sparse_run(const Weight& w, int64_t later, const G& grid, const uint8_t* bytes, const float* next,
-                               int64_t k, int64_t end, Sink& sink) {
+                       int64_t k, int64_t end, Sink& sink) {
   const auto step = [&](int64_t at, unsigned bits, int i) {
     const vf entries = grid(expand(load(next), bits));
     sink(at, Values::kGrouped ? keep(entries, bits) : entries, i);  // a code of zero is not a value of zero
@@ -68,7 +68,7 @@ inline int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int6
 #if defined(__AVX512VBMI2__)
     Blocks<Pattern, Values> blocks(w, row, k, slot);
     for (; k + 64 <= end; k += 64) {
-      const Held held = blocks.next();
+      const Held held = blocks.template next<false>(w, kAhead);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) sink(k + 16 * i, blocks.lanes(held, grid, i), i);
     }

@@ -5,28 +5,21 @@
 // depth and columns are (k, n) forward and (n, k) for dx; one register-tiled kernel C += A P serves both.
 // Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
-#include "decode.h"
+#include "dots.h"
 
 namespace {
 
 using ctp::Job;
 
-constexpr int64_t kDotChunk = 512;             // inputs: four decoded rows and the rows of x stay in L1
-constexpr int64_t kDotStride = kDotChunk + W;  // a group's last lanes may be stored past the chunk
-constexpr int64_t kRowChunk = 2048;            // inputs: the unpacked entries of a chunk stay in L1
-constexpr int64_t kDepth = 256;                // depth of a panel: kDepth x kTile floats of it stay in L1
-constexpr int64_t kWidth = 256;                // columns of a panel
-constexpr int64_t kBlock = 512;  // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
+constexpr int64_t kRowChunk = 2048;  // inputs: the unpacked entries of a chunk stay in L1
+constexpr int64_t kDepth = 256;      // depth of a panel: kDepth x kTile floats of it stay in L1
+constexpr int64_t kWidth = 256;      // columns of a panel
+constexpr int64_t kBlock = 512;      // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
 constexpr int64_t kTile = kVectors * W;
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
 constexpr double kSmall = 1 << 20;        // multiplications below which waking threads costs more than it gains
 
 // ---- Sinks: what happens to decoded lanes -------------------------------------------------------------------------
-
-struct Store {
-  float* out;
-  void operator()(int64_t k, vf v, int) const { store(out + k, v); }
-};
 
 struct Dot {
   const float* x;
@@ -42,6 +35,9 @@ struct Decoder {
   // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W
   float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
   int64_t (*start)(const Weight&, int64_t row, int64_t k);
+  // dots[i]: sums[m * 4 + r] = sum over k of W[row + r, k] x[m, k], for 2^i rows of x, ldx apart
+  void (*reorder)(const Weight&, float* x);
+  void (*dots[4])(const Weight&, int64_t row, const float* x, int64_t ldx, float* scratch, float* sums);
 };
 
 template <class Pattern, class Values>
@@ -58,7 +54,16 @@ struct Composed {
       slot = decode<Pattern, Values>(w, row, k, least(k + kRowChunk, w.k), slot, spare, sink);
     return sum(add(add(sink.sums[0], sink.sums[1]), add(sink.sums[2], sink.sums[3])));
   }
-  static constexpr Decoder kDecoder = {decode_row, dot_row, Pattern::start};
+#if defined(__AVX512VBMI2__)
+  static constexpr Decoder kDecoder = {
+      decode_row,
+      dot_row,
+      Pattern::start,
+      reorder_row<Pattern, Values>,
+      {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>, dots<Pattern, Values, 8>}};
+#else
+  static constexpr Decoder kDecoder = {decode_row, dot_row, Pattern::start, nullptr, {}};
+#endif
 };
 
 template <class Pattern>
@@ -181,19 +186,32 @@ inline int64_t padded_inputs(const Weight& w) { return round_up(w.k, W) + W; }
 
 int64_t dot_floats(const Job& job) {
   const int64_t padded = padded_inputs(job.weight);
-  return job.m * padded + 4 * kDotStride + 4 * job.m + W + spare_floats(kRowChunk);
+  return (job.m + 3) * padded + 4 * kDotStride + 4 * (job.m + 3) + W + spare_floats(kRowChunk);
 }
 
 void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   const int64_t padded = padded_inputs(w);
-  float *x = scratch, *rows = x + job.m * padded, *sums = rows + 4 * kDotStride, *spare = sums + 4 * job.m + W;
+  // Up to three rows of x more than there are: a register tile computes them, and nobody reads the sums.
+  float *x = scratch, *rows = x + (job.m + 3) * padded, *sums = rows + 4 * kDotStride,
+        *spare = sums + 4 * (job.m + 3) + W;
   for (int64_t i = 0; i < job.m; ++i) {
     store(x + (i + 1) * padded - W, zero());
     read_row(x_at(job, i, 0), job.dtype, w.k, x + i * padded);
   }
+  const bool in_registers = decoder.reorder && job.m <= 8;
+  if (in_registers) {
+    for (int64_t i = 0; i < job.m; ++i) decoder.reorder(w, x + i * padded);
+    memset(x + job.m * padded, 0, sizeof(float) * (size_t)(3 * padded));
+  }
   for (int64_t n = part.column0; n < part.column1; n += 4) {
     const int count = (int)least(4, part.column1 - n);
+    if (in_registers) {
+      const int shift = job.m <= 2 ? (int)job.m - 1 : job.m <= 4 ? 2 : 3;
+      decoder.dots[shift](w, n, x, padded, rows, sums);
+      for (int64_t i = 0; i < job.m; ++i) write_row(job, i, n, count, sums + 4 * i);
+      continue;
+    }
     if (job.m == 1) {
       for (int j = 0; j < count; ++j) sums[j] = decoder.dot(w, n + j, x, spare);
       write_row(job, 0, n, count, sums);

@@ -100,6 +100,7 @@ inline vf codes3(const uint8_t* low, const uint8_t* high) {
 template <int B>
 struct Grid {
   vf table;
+  Grid() = default;
   Grid(float scale, float zero) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const vf code = _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << B) - 1)));
@@ -110,6 +111,7 @@ struct Grid {
 template <>
 struct Grid<8> {
   vf scale, zero;
+  Grid() = default;
   Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)) {}
   vf operator()(vf codes) const {
     return _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(codes)), zero));

@@ -40,7 +40,7 @@ struct Floating {
 
 template <int kBits>
 struct Coded {
-  static constexpr bool kGrouped = true;
+  static constexpr bool kGrouped = true, kBrain = false;
   static constexpr int kWidth = kBits;
   static void ahead(const Weight& w, int64_t slot) {
     prefetch<kBits == 3 ? 2 : kBits>(w.stored, slot);
