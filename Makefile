@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench lint gpu clean
+.PHONY: demo test bench lint sanitize gpu clean
 
 # torch first and alone, by the constraints file: a wider range would fetch gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt ctp_kernels/_build.py $(wildcard csrc/*.h csrc/*/*)
@@ -29,6 +29,12 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 # On a machine with a GPU where Python, torch and triton are installed already; needs no network.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; minutes).
+sanitize: $(VENV)/.installed
+	CTP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -q tests/test_cpu.py
+
 gpu:
 	$(PYTHON) -m ctp_kernels._build
 	$(PYTHON) -m pytest tests -m gpu

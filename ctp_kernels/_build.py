@@ -35,6 +35,10 @@ CPU_FLAGS = (
     # GCC 12 takes the undefined merge operands in its own AVX-512 headers for uninitialized variables.
     *("-fopenmp", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
+# `make sanitize`: AddressSanitizer and UndefinedBehaviorSanitizer, in a library of its own.
+SANITIZE = bool(os.environ.get("CTP_SANITIZE"))
+if SANITIZE:
+    CPU_FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")
 ISA_FLAGS = {
     "baseline": (),
@@ -129,7 +133,8 @@ def _cpu_steps(objects: Path) -> list[Step]:
         output = objects / f"{stem}.o"
         steps.append(Step((compiler, *flags, *extra, "-c", str(source), "-o", str(output)), files, output))
     made = tuple(step.output for step in steps)
-    link = (compiler, "-shared", *map(str, made), *(("-fopenmp",) if "clang" in version else ()))
+    sanitizers = tuple(flag for flag in CPU_FLAGS if flag.startswith("-fsanitize"))
+    link = (compiler, "-shared", *sanitizers, *map(str, made), *(("-fopenmp",) if "clang" in version else ()))
     return [*steps, _link(link, made, objects / "libctp_cpu.so")]
 
 
@@ -184,7 +189,7 @@ def load(name: str) -> ctypes.CDLL:
     """libctp_<name>, compiled first where it is missing or stale. Raises BuildError."""
     cached = Path.home() / ".cache" / "ctp_kernels" / f"{fingerprint(name):08x}"
     stale = None
-    for folder in (LIBRARIES, cached):
+    for folder in (cached,) if SANITIZE else (LIBRARIES, cached):
         path = folder / f"libctp_{name}.so"
         if path.exists():
             library = _open(path, name)
@@ -192,7 +197,7 @@ def load(name: str) -> ctypes.CDLL:
                 return library
             stale = path
     try:
-        return _compile(name, LIBRARIES if _writable(LIBRARIES) else cached)
+        return _compile(name, cached if SANITIZE or not _writable(LIBRARIES) else LIBRARIES)
     except BuildError as error:
         if stale is None:
             raise
