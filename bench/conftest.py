@@ -81,7 +81,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     for (device, name), rows in collected.rows.items():
         where = machine(device)
         lines += ["", f"{name} on {where.name}, {where.threads} threads: roofs {where.gb_per_s} GB/s, "
-                  f"{where.gflop_per_s} GFLOP/s (fp32 matmul)"]  # fmt: skip
+                  f"{where.gflop_per_s} GFLOP/s"]  # fmt: skip
         lines += format_rows(rows)
         if not request.config.getoption("keyword"):  # a filtered run shows its rows, and leaves the record whole
             write_csv(where.folder / f"{name}.csv", rows)

@@ -1,0 +1,148 @@
+"""The CPU kernels beside other libraries', in one interleaved run: pip install -e ".[bench,peers]".
+
+A peer that is not installed is skipped with its name. Each peer computes the same product from the same codes (or
+zeros), and is checked against it before it is timed; those that quantise activations, or round them to bf16, or use a
+grid of their own, within a wider tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import pytest
+import torch
+
+from ctp_kernels import PackedWeight, pack, parse_format
+
+N = K = 4096
+ROWS = [1, 4, 16, 64, 512]
+CACHE = 64 * 2**20
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+@lru_cache(maxsize=1)
+def case(format: str, zeros: float) -> tuple[list[PackedWeight], torch.Tensor]:
+    """Copies of a packed weight that together exceed the caches, and the same weight dense in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, K, generator=generator) * (torch.rand(N, K, generator=generator) >= zeros)
+    packed = pack(weight, parse_format(format))
+    copies = [
+        PackedWeight(packed.format, packed.shape, torch.float32, {k: t.clone() for k, t in packed.buffers.items()})
+        for _ in range(1 + CACHE // packed.nbytes)
+    ]
+    return copies, packed.unpack(torch.float32)
+
+
+def onnxruntime(packed: PackedWeight, dense: torch.Tensor, accuracy_level: int) -> list[Call]:
+    """MatMulNBits; accuracy level 1: fp32 activations, 4: int8."""
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, numpy_helper
+
+    codes = packed.codes().reshape(N, K // 128, 64, 2).to(torch.uint8)
+    planes = (codes[..., 0] | codes[..., 1] << 4).numpy()
+    scales = packed.buffers["scales"].float().reshape(-1).numpy()
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=K, N=N, bits=4, block_size=128,
+        accuracy_level=accuracy_level,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node], "peer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", N])],
+        [numpy_helper.from_array(planes, "codes"), numpy_helper.from_array(scales, "scales")],
+    )  # fmt: skip
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=9
+    )
+    assert onnx.__version__
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its pool would slow the others
+    sessions = [ort.InferenceSession(model.SerializeToString(), options) for _ in range(8)]
+    return [lambda x, s=s: torch.from_numpy(s.run(None, {"x": x.numpy()})[0]) for s in sessions]
+
+
+def torch_int4(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
+    """torch's weight-only int4, bf16 activations and scales."""
+    codes = packed.codes().to(torch.int32)
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = packed.buffers["scales"].bfloat16().reshape(N, K // 128)
+    grid = torch.stack([scales, torch.zeros_like(scales)], dim=2).transpose(0, 1).contiguous()
+    run = torch.ops.aten._weight_int4pack_mm_for_cpu
+    weights = [weight.clone() for _ in range(8)]
+    return [lambda x, w=w: run(x.bfloat16(), w, 128, grid).float() for w in weights]
+
+
+def bitsandbytes(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
+    """Linear4bit, fp4, its own grid."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layers = []
+    for _ in range(8):
+        layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(dense.clone(), requires_grad=False)
+        layers.append(layer.to("cpu"))
+    return [lambda x, layer=layer: layer(x) for layer in layers]
+
+
+def torch_dynamic_int8(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
+    layer = torch.nn.Linear(K, N, bias=False)
+    layer.weight.data.copy_(dense)
+    quantize = torch.ao.quantization.quantize_dynamic
+    layers = [quantize(torch.nn.Sequential(layer), {torch.nn.Linear}, dtype=torch.qint8) for _ in range(4)]
+    return [lambda x, layer=layer: layer(x) for layer in layers]
+
+
+def torch_csr(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
+    weights = [dense.to_sparse_csr() for _ in range(2)]
+    return [lambda x, w=w: (w @ x.T).T for w in weights]
+
+
+#: name -> (contender, format, zeros, relative error allowed)
+PEERS = {
+    "onnxruntime exact": (lambda p, d: onnxruntime(p, d, 1), "int4", 0.0, 1e-4),
+    "onnxruntime int8 activations": (lambda p, d: onnxruntime(p, d, 4), "int4", 0.0, 2e-2),
+    "torch int4": (torch_int4, "int4", 0.0, 1e-2),
+    "torch dynamic int8": (torch_dynamic_int8, "int4", 0.0, 5e-2),
+    "bitsandbytes fp4": (bitsandbytes, "int4", 0.0, 0.3),
+    "torch csr, 50 %": (torch_csr, "unstructured-bf16", 0.5, 1e-4),
+    "torch csr, 75 %": (torch_csr, "unstructured-bf16", 0.75, 1e-4),
+}
+
+
+@lru_cache(maxsize=1)
+def contender(peer: str) -> list[Call]:
+    make, format, zeros, _ = PEERS[peer]
+    copies, dense = case(format, zeros)
+    return make(copies[0], dense)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("peer", PEERS, ids=lambda name: name.replace(" ", "-"))
+@torch.no_grad()
+def test_cpu_peers(interleave, table, peer, rows):
+    _, format, zeros, tolerance = PEERS[peer]
+    copies, dense = case(format, zeros)
+    others = contender(peer)
+    x = torch.randn(rows, K)
+    expected = x @ dense.T
+    error = ((others[0](x) - expected).norm() / expected.norm()).item()
+    assert error < tolerance, f"{peer} computes something else: relative error {error:.2e}"
+    name, matmul = copies[0].format.name, torch.ops.ctp.matmul
+    weights = [dense, dense.clone()]
+    times = interleave(
+        {
+            "dense": [lambda w=w: torch.nn.functional.linear(x, w) for w in weights],
+            "peer": [lambda call=call: call(x) for call in others],
+            "packed": [lambda w=w: matmul(x, w.tensors, None, name, N, "auto") for w in copies],
+        }
+    )
+    medians = {who: t["median"] for who, t in times.items()}
+    table.add("cpu", "peers", {
+        "peer": peer, "format": format, "n": N, "k": K, "rows": rows, "dense_ms": medians["dense"] * 1e3,
+        "peer_ms": medians["peer"] * 1e3, "packed_ms": medians["packed"] * 1e3,
+        "peer_over_dense": medians["dense"] / medians["peer"],
+        "packed_over_dense": medians["dense"] / medians["packed"],
+        "packed_over_peer": medians["peer"] / medians["packed"], "peer_error": error,
+    })  # fmt: skip
