@@ -19,6 +19,13 @@ extern "C" {
 enum ctp_pattern { CTP_DENSE = 0, CTP_SPARSE24 = 1, CTP_UNSTRUCTURED = 2 };
 enum ctp_values { CTP_FP32 = 0, CTP_FP16 = 1, CTP_BF16 = 2, CTP_INT8 = 3, CTP_INT4 = 4, CTP_INT3 = 5, CTP_INT2 = 6 };
 enum ctp_isa { CTP_BASELINE = 0, CTP_AVX2 = 1, CTP_AVX512 = 2, CTP_BEST = -1 };
+enum ctp_compute {
+  CTP_EXACT = 0,
+  /* Codes only: x is first rounded to 8-bit integers, x ~ scale * q with |q| <= 127 and scale = max|x| / 127 for
+   * every 2^i inputs, the largest power of two that divides the group, at most 128 (128 for one scale a row). So
+   * |error of y| <= sum of |W| scale / 2. A NaN or infinity in a row of x makes that row of y NaN. */
+  CTP_INT8_ACTIVATIONS = 1
+};
 enum ctp_status {
   CTP_OK = 0,
   CTP_BAD_ARGUMENT = 1,    /* an enum out of range, a negative size, a NULL that is needed */
@@ -46,7 +53,7 @@ typedef struct {
 
 /* y (m, n) = x (m, k) W^T + bias */
 int ctp_cpu_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
-                   int32_t dtype, int32_t threads);
+                   int32_t dtype, int32_t compute, int32_t threads);
 /* dx (m, k) = dy (m, n) W */
 int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,
                      int32_t threads);

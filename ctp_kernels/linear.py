@@ -24,10 +24,12 @@ class PackedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, packed: PackedWeight, bias: torch.Tensor | None = None, backend: str = "auto", compute: str = "exact"
+    ) -> None:
         super().__init__()
         packed.validate()
-        self.format, self.dtype, self.backend = packed.format, packed.dtype, backend
+        self.format, self.dtype, self.backend, self.compute = packed.format, packed.dtype, backend, compute
         self.out_features, self.in_features = packed.shape
         for name in packed.format.buffer_names:
             self.register_buffer(name, packed.buffers[name])
@@ -43,10 +45,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = [self._buffers[name] for name in self.format.buffer_names]
-        return torch.ops.ctp.matmul(x, tensors, self.bias, self.format.name, self.out_features, self.backend)
+        return torch.ops.ctp.matmul(
+            x, tensors, self.bias, self.format.name, self.out_features, self.backend, self.compute
+        )
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, format={self.format}"
+        mode = "" if self.compute == "exact" else f", compute={self.compute}"
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, format={self.format}{mode}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         before = {name: self.get_buffer(name) for name in self.format.buffer_names}

@@ -1,11 +1,12 @@
 """The two operators, registered with torch.library: `ctp::matmul` and `ctp::matmul_t`.
 
-    ctp::matmul(x (..., K), packed, bias (N,)?, format, n, backend)   -> y (..., N) = x W^T + bias
-    ctp::matmul_t(dy (..., N), packed, format, k, backend)            -> dx (..., K) = dy W
+    ctp::matmul(x (..., K), packed, bias (N,)?, format, n, backend, compute="exact") -> y (..., N) = x W^T + bias
+    ctp::matmul_t(dy (..., N), packed, format, k, backend) -> dx (..., K) = dy W
 
 `packed` lists the buffers of the weight in the order of `format.buffer_names`. Each operator is the other's
 backward with respect to the activations; the packed weight is frozen and has no gradient. The backward keeps
-nothing but the packed buffers.
+nothing but the packed buffers. With compute="int8" (see `backends.COMPUTE`) the backward is that of the exact
+product.
 """
 
 from __future__ import annotations
@@ -18,24 +19,33 @@ from .backends import choose, load
 from .format import Format, parse_format
 
 _LIB = torch.library.Library("ctp", "DEF")
-_LIB.define("matmul(Tensor x, Tensor[] packed, Tensor? bias, str format, int n, str backend) -> Tensor")
+_LIB.define(
+    "matmul(Tensor x, Tensor[] packed, Tensor? bias, str format, int n, str backend, "
+    'str compute="exact") -> Tensor'
+)
 _LIB.define("matmul_t(Tensor dy, Tensor[] packed, str format, int k, str backend) -> Tensor")
 
 
 def _kernel(
-    format: Format, shape: tuple[int, int], x: torch.Tensor, direction: str, backend: str
+    format: Format, shape: tuple[int, int], x: torch.Tensor, direction: str, backend: str, compute: str = "exact"
 ) -> Callable[..., torch.Tensor]:
-    module = load(choose(format, shape, x.dtype, x.device.type, direction, backend).backend)
+    module = load(choose(format, shape, x.dtype, x.device.type, direction, backend, compute).backend)
     return module.matmul if direction == "forward" else module.matmul_t
 
 
 @torch.library.impl(_LIB, "matmul", "CompositeExplicitAutograd")
 def _matmul(
-    x: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str, n: int, backend: str
+    x: torch.Tensor,
+    packed: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    format: str,
+    n: int,
+    backend: str,
+    compute: str = "exact",
 ) -> torch.Tensor:
     fmt, k = parse_format(format), x.shape[-1]
-    run = _kernel(fmt, (n, k), x, "forward", backend)
-    return run(x.reshape(-1, k), packed, fmt, n, bias).view(*x.shape[:-1], n)
+    run = _kernel(fmt, (n, k), x, "forward", backend, compute)
+    return run(x.reshape(-1, k), packed, fmt, n, bias, compute).view(*x.shape[:-1], n)
 
 
 @torch.library.impl(_LIB, "matmul_t", "CompositeExplicitAutograd")
@@ -46,7 +56,7 @@ def _matmul_t(dy: torch.Tensor, packed: list[torch.Tensor], format: str, k: int,
 
 
 @torch.library.register_fake("ctp::matmul", lib=_LIB)
-def _(x, packed, bias, format, n, backend):
+def _(x, packed, bias, format, n, backend, compute="exact"):
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -56,9 +66,15 @@ def _(dy, packed, format, k, backend):
 
 
 def _keep(ctx, inputs, output) -> None:
-    *_, ctx.format, _, ctx.backend = inputs
-    ctx.width = inputs[0].shape[-1]
-    ctx.save_for_backward(*inputs[1])
+    x, packed, _, ctx.format, _, ctx.backend, _ = inputs
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(*packed)
+
+
+def _keep_t(ctx, inputs, output) -> None:
+    dy, packed, ctx.format, _, ctx.backend = inputs
+    ctx.width = dy.shape[-1]
+    ctx.save_for_backward(*packed)
 
 
 def _matmul_backward(ctx, dy):
@@ -67,7 +83,7 @@ def _matmul_backward(ctx, dy):
         dx = torch.ops.ctp.matmul_t(dy, list(ctx.saved_tensors), ctx.format, ctx.width, ctx.backend)
     if ctx.needs_input_grad[2]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, [None] * len(ctx.saved_tensors), dbias, None, None, None
+    return dx, [None] * len(ctx.saved_tensors), dbias, None, None, None, None
 
 
 def _matmul_t_backward(ctx, ddx):
@@ -76,4 +92,4 @@ def _matmul_t_backward(ctx, ddx):
 
 
 torch.library.register_autograd("ctp::matmul", _matmul_backward, setup_context=_keep, lib=_LIB)
-torch.library.register_autograd("ctp::matmul_t", _matmul_t_backward, setup_context=_keep, lib=_LIB)
+torch.library.register_autograd("ctp::matmul_t", _matmul_t_backward, setup_context=_keep_t, lib=_LIB)

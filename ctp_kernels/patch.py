@@ -73,6 +73,7 @@ def patch_model(
     *,
     skip: Sequence[str] = DEFAULT_SKIP,
     backend: str = "auto",
+    compute: str = "exact",
 ) -> nn.Module:
     """Replace every nn.Linear of the model by a PackedLinear, in place, and return the model.
 
@@ -82,7 +83,10 @@ def patch_model(
     `ctp compress`. Layers that are already packed stay as they are.
 
     `skip` names layers to leave dense: a full name, a last part (`lm_head`) or a pattern (`*.down_proj`).
-    `backend` is "auto" or one of `ctp_kernels.backends.BACKENDS`. The report is `model.ctp_report`.
+    `backend` is "auto" or one of `ctp_kernels.backends.BACKENDS`; `compute` is "exact", or "int8": activations are
+    rounded to 8-bit integers per group on the way in, faster from a few rows on, forward only, for formats with codes
+    (`ctp_kernels.backends.COMPUTE` gives the error). Both apply to layers that are packed already, too. The report is
+    `model.ctp_report`.
 
     Raises CTPError, before anything is changed, when nothing matched, a skip matches no layer, a weight holds
     NaN, a format does not fit a shape, or a named backend cannot run it.
@@ -93,7 +97,15 @@ def patch_model(
     misfits = []
     for name, linear in linears.items():
         try:
-            plan.append((name, linear, _plan(linear, asked, backend)))
+            plan.append((name, linear, _plan(linear, asked, backend, compute)))
+        except CTPError as error:
+            misfits.append(f"{name}: {error}")
+    already = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    for name, layer in already.items():
+        try:
+            device = layer.packed.tensors[0].device.type
+            shape = (layer.out_features, layer.in_features)
+            choose(layer.format, shape, layer.dtype, device, "forward", backend, compute)
         except CTPError as error:
             misfits.append(f"{name}: {error}")
     if misfits:
@@ -101,18 +113,17 @@ def patch_model(
         raise CTPError(
             f"cannot patch {'; '.join(misfits[:3])}{more}; choose another format or backend, or skip these layers"
         )
-    already = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not plan and not already:
         raise CTPError(
             f"patch_model found no nn.Linear to pack in {type(model).__name__} (skipped: {list(skipped) or 'none'})"
         )
     report = PatchReport(skipped=skipped)
     for name, packed_layer in already.items():
-        packed_layer.backend = backend
+        packed_layer.backend, packed_layer.compute = backend, compute
         report.layers.append(_layer_report(name, packed_layer, "was packed already"))
     for name, linear, chosen in plan:
         pruned = chosen.pattern == "sparse24" and not is_sparse24(linear.weight)
-        layer = PackedLinear(pack(linear.weight, chosen), linear.bias, backend)
+        layer = PackedLinear(pack(linear.weight, chosen), linear.bias, backend, compute)
         layer.train(linear.training)
         _replace(model, name, layer)
         report.layers.append(_layer_report(name, layer, "pruned to 2:4 by magnitude" if pruned else ""))
@@ -176,7 +187,8 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
             row = {"layer": name, "format": layer.format.name, "shape": shape}
             for direction in ("forward", "backward"):
                 device = layer.packed.tensors[0].device.type
-                choice = choose(layer.format, shape, dtype, device, direction, layer.backend)
+                compute = layer.compute if direction == "forward" else "exact"
+                choice = choose(layer.format, shape, dtype, device, direction, layer.backend, compute)
                 row[direction], row["why_" + direction] = choice.backend, choice.why
             rows.append(row)
     if not rows:
@@ -205,7 +217,7 @@ def _select(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear]
     return linears, skipped
 
 
-def _plan(linear: nn.Linear, asked: Format | None, backend: str) -> Format:
+def _plan(linear: nn.Linear, asked: Format | None, backend: str, compute: str) -> Format:
     weight = linear.weight.detach()
     if not torch.isfinite(weight).all():
         raise CTPError("the weight holds NaN or infinite values, the checkpoint is damaged")
@@ -214,8 +226,8 @@ def _plan(linear: nn.Linear, asked: Format | None, backend: str) -> Format:
     reason = format.constraint(shape)
     if reason:
         raise CTPError(f"{format} does not fit, {reason}")
-    if backend != "auto":
-        choose(format, shape, weight.dtype, weight.device.type, "forward", backend)
+    if backend != "auto" or compute != "exact":
+        choose(format, shape, weight.dtype, weight.device.type, "forward", backend, compute)
     return format
 
 

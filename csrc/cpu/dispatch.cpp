@@ -64,12 +64,14 @@ bool sound(const ctp_weight& w) {
 }
 
 int checked_run(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
-                int32_t dtype, int32_t threads, bool transposed) {
+                int32_t dtype, int32_t compute, int32_t threads, bool transposed) {
   if (!weight || !sound(*weight) || m < 0 || dtype < CTP_FP32 || dtype > CTP_BF16 || threads < 1)
+    return CTP_BAD_ARGUMENT;
+  if (compute < CTP_EXACT || compute > (weight->values < CTP_INT8 ? CTP_EXACT : CTP_INT8_ACTIVATIONS))
     return CTP_BAD_ARGUMENT;
   if (m == 0) return CTP_OK;
   if (!x || !y) return CTP_BAD_ARGUMENT;
-  Job job{{*weight, 0, stored_bytes(*weight)}, x, ldx, m, bias, y, dtype, transposed};
+  Job job{{*weight, 0, stored_bytes(*weight)}, x, ldx, m, bias, y, dtype, transposed, compute};
   if (weight->values >= CTP_INT8) job.weight.groups = (weight->k + weight->group - 1) / weight->group;
   return run(job, threads);
 }
@@ -90,13 +92,13 @@ float* scratch(size_t floats) {
 }  // namespace ctp
 
 int ctp_cpu_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
-                   int32_t dtype, int32_t threads) {
-  return ctp::checked_run(weight, x, ldx, m, bias, y, dtype, threads, false);
+                   int32_t dtype, int32_t compute, int32_t threads) {
+  return ctp::checked_run(weight, x, ldx, m, bias, y, dtype, compute, threads, false);
 }
 
 int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,
                      int32_t threads) {
-  return ctp::checked_run(weight, dy, lddy, m, nullptr, dx, dtype, threads, true);
+  return ctp::checked_run(weight, dy, lddy, m, nullptr, dx, dtype, CTP_EXACT, threads, true);
 }
 
 int64_t ctp_cpu_multiply_add(int64_t turns, int32_t threads) {

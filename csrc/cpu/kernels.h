@@ -24,6 +24,7 @@ struct Job {
   void* y;
   int32_t dtype;
   bool transposed;
+  int32_t compute;  // enum ctp_compute
   int64_t columns() const { return transposed ? weight.k : weight.n; }
   int64_t depth() const { return transposed ? weight.n : weight.k; }
 };

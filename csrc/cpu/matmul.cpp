@@ -5,19 +5,15 @@
 // depth and columns are (k, n) forward and (n, k) for dx; one register-tiled kernel C += A P serves both.
 // Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
-#include "dots.h"
+#include "int8.h"
 
 namespace {
-
-using ctp::Job;
 
 constexpr int64_t kRowChunk = 2048;  // inputs: the unpacked entries of a chunk stay in L1
 constexpr int64_t kDepth = 256;      // depth of a panel: kDepth x kTile floats of it stay in L1
 constexpr int64_t kWidth = 256;      // columns of a panel
 constexpr int64_t kBlock = 512;      // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
-constexpr int64_t kTile = kVectors * W;
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
-constexpr double kSmall = 1 << 20;        // multiplications below which waking threads costs more than it gains
 
 // ---- Sinks: what happens to decoded lanes -------------------------------------------------------------------------
 
@@ -34,10 +30,11 @@ struct Decoder {
   int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, float* out);
   // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W
   float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
-  int64_t (*start)(const Weight&, int64_t row, int64_t k);
+  Start start;
   // dots[i]: sums[m * 4 + r] = sum over k of W[row + r, k] x[m, k], for 2^i rows of x, ldx apart
   void (*reorder)(const Weight&, float* x);
   void (*dots[4])(const Weight&, int64_t row, const float* x, int64_t ldx, float* scratch, float* sums);
+  Codes codes;
 };
 
 template <class Pattern, class Values>
@@ -60,9 +57,10 @@ struct Composed {
       dot_row,
       Pattern::start,
       reorder_row<Pattern, Values>,
-      {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>, dots<Pattern, Values, 8>}};
+      {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>, dots<Pattern, Values, 8>},
+      codes_of<Pattern, Values>()};
 #else
-  static constexpr Decoder kDecoder = {decode_row, dot_row, Pattern::start, nullptr, {}};
+  static constexpr Decoder kDecoder = {decode_row, dot_row, Pattern::start, nullptr, {}, codes_of<Pattern, Values>()};
 #endif
 };
 
@@ -97,66 +95,7 @@ const Decoder& decoder_of(const Weight& w) {
   }
 }
 
-// ---- Activations in and out ---------------------------------------------------------------------------------------
-
-inline int64_t size_of(int32_t dtype) { return dtype == CTP_FP32 ? 4 : 2; }
-
-inline vf widen(const void* p, int32_t dtype) {
-  if (dtype == CTP_FP32) return load((const float*)p);
-  return dtype == CTP_FP16 ? from_fp16<W>((const uint16_t*)p) : from_bf16<W>((const uint16_t*)p);
-}
-
-inline void narrow(void* p, int32_t dtype, vf v) {
-  if (dtype == CTP_FP32) return store((float*)p, v);
-  dtype == CTP_FP16 ? to_fp16((uint16_t*)p, v) : to_bf16((uint16_t*)p, v);
-}
-
-// The lanes at p, of which only `count` < W are there.
-inline vf widen_some(const void* p, int32_t dtype, int64_t count) {
-  char lanes[4 * W] = {};
-  memcpy(lanes, p, (size_t)(count * size_of(dtype)));
-  return widen(lanes, dtype);
-}
-
-// out[0 .. count) = row[0 .. count) in fp32, then zeros up to a multiple of W.
-void read_row(const void* row, int32_t dtype, int64_t count, float* out) {
-  const char* p = (const char*)row;
-  const int64_t step = W * size_of(dtype);
-  int64_t i = 0;
-  for (; i + W <= count; i += W, p += step) store(out + i, widen(p, dtype));
-  if (i < count) store(out + i, widen_some(p, dtype, count - i));
-}
-
-// y[row, column .. column + count) = sums + bias, rounded once.
-void write_row(const Job& job, int64_t row, int64_t column, int64_t count, const float* sums) {
-  const int64_t size = size_of(job.dtype);
-  char* y = (char*)job.y + (row * job.columns() + column) * size;
-  const char* bias = job.bias ? (const char*)job.bias + column * size : nullptr;
-  for (; count > 0; count -= W, sums += W, y += W * size) {
-    vf v = count >= W ? load(sums) : widen_some(sums, CTP_FP32, count);
-    if (bias) {
-      v = add(v, count >= W ? widen(bias, job.dtype) : widen_some(bias, job.dtype, count));
-      bias += W * size;
-    }
-    if (count >= W) {
-      narrow(y, job.dtype, v);
-    } else {
-      char lanes[4 * W];
-      narrow(lanes, job.dtype, v);
-      memcpy(y, lanes, (size_t)(count * size));
-    }
-  }
-}
-
-inline const void* x_at(const Job& job, int64_t row, int64_t column) {
-  return (const char*)job.x + (row * job.ldx + column) * size_of(job.dtype);
-}
-
 // ---- Few rows: dot products ---------------------------------------------------------------------------------------
-
-struct Part {
-  int64_t row0, row1, column0, column1;  // of y
-};
 
 // sums[i * 4 + j] += x row i . w row j, for kM rows of x and 4 of w
 template <int kM>
@@ -343,6 +282,7 @@ namespace CTP_ISA {
 int run(const Job& job, int threads) {
   const Weight& w = job.weight;
   const Decoder& decoder = decoder_of(w);
+  if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder.codes, decoder.start, threads);
   const bool dot = !job.transposed && job.m <= kDotLimit;
   const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;

@@ -16,6 +16,10 @@
 //   half(bits)                            one fp16 number
 //   codes8<S> codes4<S> codes2<S> codes3<S>  S codes, one a lane, as integer bits; lanes past S are undefined
 //   Grid<B>(scale, zero)(codes)           scale * (code - zero), rounded once
+//   vi, no_sums(), to_float(vi)           W sums of 32 bits, zeros, and as fp32
+//   load_bytes(p) repeat4(p)              4 W bytes; 4 bytes, W times
+//   dot4<B>(sums, codes, x)               lane i += the products of bytes 4 i .. 4 i + 3: B-bit codes by signed x
+//   expand_bytes(bytes, bits)             byte i takes the next byte where bit i is set, and anything where it is not
 //   transpose4(src, lds, dst, ldd)        4 columns of W rows: dst[j * ldd + i] = src[i * lds + j]
 #pragma once
 

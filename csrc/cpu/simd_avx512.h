@@ -134,4 +134,17 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
   store(dst + 3 * ldd, _mm512_shuffle_ps(b, d, 0xee));
 }
 
+using vi = __m512i;
+inline vi no_sums() { return _mm512_setzero_si512(); }
+inline vi load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline vi repeat4(const void* p) { return _mm512_set1_epi32(peek<int32_t>(p)); }
+template <int kBits>
+inline vi dot4(vi sums, vi codes, vi x) {
+  return _mm512_dpbusd_epi32(sums, codes, x);
+}
+inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
+inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {
+  return _pdep_u64(bytes, _pdep_u64(bits, 0x0101010101010101) * 0xff);
+}
+
 }  // namespace

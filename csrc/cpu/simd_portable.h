@@ -119,4 +119,23 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
     for (int i = 0; i < 8; ++i) dst[j * ldd + i] = src[i * lds + j];
 }
 
+inline vi no_sums() { return vi{}; }
+inline vi load_bytes(const void* p) { return peek<vi>(p); }
+inline vi repeat4(const void* p) { return vi{} + peek<int32_t>(p); }
+template <int kBits>
+inline vi dot4(vi sums, vi codes, vi x) {
+  for (int byte = 0; byte < 4; ++byte) sums += (codes >> (8 * byte) & 0xff) * ((x << (24 - 8 * byte)) >> 24);
+  return sums;
+}
+inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {
+  uint64_t out = 0;
+  for (int at = 0; at < 64; at += 8, bits >>= 1)
+    if (bits & 1) {
+      out |= (bytes & 0xff) << at;
+      bytes >>= 8;
+    }
+  return out;
+}
+
 }  // namespace

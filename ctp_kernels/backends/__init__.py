@@ -2,11 +2,12 @@
 
 A backend is a module with
 
-    matmul(x (M, K), tensors, format, n, bias) -> y (M, N)        y = x W^T + bias
-    matmul_t(dy (M, N), tensors, format, k)    -> dx (M, K)       dx = dy W
-    unsupported(format, shape, dtype, device, direction) -> the reason why it cannot, or None
+    matmul(x (M, K), tensors, format, n, bias, compute) -> y (M, N)   y = x W^T + bias
+    matmul_t(dy (M, N), tensors, format, k) -> dx (M, K)              dx = dy W
+    unsupported(format, shape, dtype, device, direction, compute) -> the reason why it cannot, or None
 
-`tensors` come in the order of `format.buffer_names`; `direction` is "forward" or "backward".
+`tensors` come in the order of `format.buffer_names`; `direction` is "forward" or "backward"; `compute` is
+one of COMPUTE, and "exact" for the backward.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ logger = logging.getLogger("ctp_kernels")
 
 #: Tried in this order by "auto"; `reference` answers for everything and comes last.
 BACKENDS = ("cpu", "triton", "cuda", "reference")
+
+
+#: "int8" rounds activations to 8-bit integers per group on the way in (forward only, formats with codes only): as
+#: ONNX Runtime's accuracy level 4 and ggml do. Its error: |y - exact| <= sum of |W| scale / 2, with
+#: scale = max|x| / 127 of the input's group (`reference.round_activations` defines it).
+COMPUTE = ("exact", "int8")
 
 
 @cache
@@ -50,16 +57,26 @@ class Choice:
 
 @lru_cache(maxsize=4096)
 def choose(
-    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: str, direction: str, backend: str = "auto"
+    format: Format,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    direction: str,
+    backend: str = "auto",
+    compute: str = "exact",
 ) -> Choice:
     """The backend for a (N, K) weight and activations of `dtype` on a device type ("cpu", "cuda").
 
     Raises CTPError with the reason when a backend asked for by name cannot do it. With "auto", landing on
     `reference` (which decodes the whole weight at every call) is logged once per case.
     """
+    if compute not in COMPUTE:
+        raise CTPError(f"unknown compute {compute!r}: {' or '.join(COMPUTE)}")
+    if compute == "int8" and not format.quantized:
+        raise CTPError(f'compute="int8" multiplies codes, and {format} stores floating values: use compute="exact"')
     passed_over = []
     for name in BACKENDS if backend == "auto" else (backend,):
-        reason = load(name).unsupported(format, shape, dtype, torch.device(device), direction)
+        reason = load(name).unsupported(format, shape, dtype, torch.device(device), direction, compute)
         if reason is None:
             choice = Choice(name, tuple(passed_over))
             if name == "reference" and backend == "auto":

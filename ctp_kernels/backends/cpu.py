@@ -13,6 +13,7 @@ from ..errors import CTPError
 from ..format import Format
 from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
 
+_COMPUTE = {"exact": 0, "int8": 1}
 _ISAS = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
 
 
@@ -25,7 +26,7 @@ def _library() -> ctypes.CDLL | str:
         return str(error)
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     weight = ctypes.POINTER(Weight)
-    library.ctp_cpu_matmul.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, i32)
+    library.ctp_cpu_matmul.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, i32, i32)
     library.ctp_cpu_matmul_t.argtypes = (weight, pointer, i64, i64, pointer, i32, i32)
     library.ctp_cpu_multiply_add.argtypes, library.ctp_cpu_multiply_add.restype = (i64, i32), i64
     library.ctp_cpu_isa.restype = library.ctp_cpu_status_string.restype = ctypes.c_char_p
@@ -46,7 +47,12 @@ def available() -> str | None:
 
 
 def unsupported(
-    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, direction: str
+    format: Format,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    direction: str,
+    compute: str = "exact",
 ) -> str | None:
     if device.type != "cpu":
         return f"tensors are on {device.type}"
@@ -74,7 +80,12 @@ def multiply_add(turns: int) -> int:
 
 
 def matmul(
-    x: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, n: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    format: Format,
+    n: int,
+    bias: torch.Tensor | None,
+    compute: str = "exact",
 ) -> torch.Tensor:
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
     library, (m, k) = _loaded(), x.shape
@@ -83,8 +94,9 @@ def matmul(
     bias, bias_pointer = bias_for(bias, n, x.dtype)
     y = x.new_empty((m, n))
     threads = torch.get_num_threads()
+    dtype, mode = DTYPES[x.dtype], _COMPUTE[compute]
     status = library.ctp_cpu_matmul(
-        weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], threads
+        weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), dtype, mode, threads
     )
     if status:
         _check(library, status)

@@ -15,9 +15,16 @@ from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
 
 
 def unsupported(
-    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, direction: str
+    format: Format,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    direction: str,
+    compute: str = "exact",
 ) -> str | None:
     """Why this backend cannot do it, or None."""
+    if compute != "exact":
+        return "it has no int8 activations"
     if direction != "forward":
         return "the CUDA backend has no backward kernel yet"
     if format.pattern != "dense" or format.values != "int4":
@@ -33,7 +40,12 @@ def unsupported(
 
 
 def matmul(
-    x: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, n: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    format: Format,
+    n: int,
+    bias: torch.Tensor | None,
+    compute: str = "exact",
 ) -> torch.Tensor:
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
     library = _library()

@@ -11,9 +11,16 @@ from ...format import FLOAT_DTYPES, Format
 
 
 def unsupported(
-    format: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, direction: str
+    format: Format,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    direction: str,
+    compute: str = "exact",
 ) -> str | None:
     """Why this backend cannot do it, or None. CPU tensors are taken only under Triton's own interpreter."""
+    if compute != "exact":
+        return "it has no int8 activations"
     if direction != "forward":
         return "the Triton backend has no backward kernel yet"
     if format.pattern != "dense":
@@ -32,7 +39,12 @@ def unsupported(
 
 
 def matmul(
-    x: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, n: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    format: Format,
+    n: int,
+    bias: torch.Tensor | None,
+    compute: str = "exact",
 ) -> torch.Tensor:
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
     from .kernel import matmul as run
