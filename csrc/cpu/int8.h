@@ -52,13 +52,15 @@ inline uint64_t eight_codes(const Weight& w, int64_t slot) {
     return eight_codes<kBits>(low, slot, w.stored_bytes);
 }
 
-// out[0 .. k1 - k0) = the codes of W[row, k0 .. k1); returns the slot after the last. As decode() in decode.h.
-using Codes = int64_t (*)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, uint8_t* out);
+// out[0 .. k1 - k0) = the codes of W[row, k0 .. k1); returns the slot after the last. As decode() in decode.h;
+// ahead: how many entries further on to prefetch from.
+using Codes = int64_t (*)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
+                          uint8_t* out);
 
 using Start = int64_t (*)(const Weight&, int64_t row, int64_t k);
 
 template <class Pattern, int kBits>
-int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, uint8_t* out) {
+int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint8_t* out) {
   int64_t group = (uint32_t)k0 / (uint32_t)w.group;
   for (int64_t k = k0; k < k1; ++group) {
     const int64_t end = least((group + 1) * w.group, k1);
@@ -66,7 +68,7 @@ int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64
 #if defined(__AVX512VBMI2__)
     Blocks<Pattern, Coded<kBits>> blocks(w, row, k, slot);
     for (; k + 64 <= end; k += 64, out += 64) {
-      const Held held = blocks.template next<false>(w, kAhead);
+      const Held held = blocks.template next<false>(w, ahead);
       _mm512_storeu_si512(out, Pattern::kSparse ? _mm512_mask_mov_epi8(_mm512_set1_epi8((char)pruned), held.mask,
                                                                        held.part[0])
                                                 : held.part[0]);
@@ -178,38 +180,26 @@ constexpr int kInt8DotRows = kDotRows > 1 ? kDotRows / 2 : 1;
 template <int kM, int kBits>
 void int8_dots(const Quantized& x, int64_t row, int64_t s0, int64_t s1, const uint8_t* w, int64_t ldw,
                const float* scales, float* sums) {
-  vf acc[kM][4];
-#pragma GCC unroll 4
-  for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) acc[m][r] = zero();
+  constexpr int kSums = 4 * kM;  // one loop over them, not two: GCC keeps such arrays in registers
+  vf acc[kSums];
+#pragma GCC unroll 16
+  for (int j = 0; j < kSums; ++j) acc[j] = zero();
   const int8_t* q = x.q + row * x.ldq + s0 * x.segment;
   for (int64_t s = s0; s < s1; ++s) {
-    vi products[kM][4];
-#pragma GCC unroll 4
-    for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) products[m][r] = no_sums();
-    for (int64_t k = 0; k < x.segment; k += 4 * W, w += 4 * W, q += 4 * W) {
-      vi inputs[kM];
-#pragma GCC unroll 4
-      for (int m = 0; m < kM; ++m) inputs[m] = load_bytes(q + m * x.ldq);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        const vi codes = load_bytes(w + r * ldw);
-#pragma GCC unroll 4
-        for (int m = 0; m < kM; ++m) products[m][r] = dot4<kBits>(products[m][r], codes, inputs[m]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r)
-        acc[m][r] = fma(to_float(products[m][r]), set1(scales[r * x.padded + s] * x.scales[(row + m) * x.padded + s]),
-                        acc[m][r]);
+    vi products[kSums];
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums; ++j) products[j] = no_sums();
+    for (int64_t k = 0; k < x.segment; k += 4 * W, w += 4 * W, q += 4 * W)
+#pragma GCC unroll 16
+      for (int j = 0; j < kSums; ++j)
+        products[j] = dot4<kBits>(products[j], load_bytes(w + j % 4 * ldw), load_bytes(q + j / 4 * x.ldq));
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums; ++j)
+      acc[j] = fma(to_float(products[j]), set1(scales[j % 4 * x.padded + s] * x.scales[(row + j / 4) * x.padded + s]),
+                   acc[j]);
   }
 #pragma GCC unroll 4
-  for (int m = 0; m < kM; ++m) sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums + 4 * m);
+  for (int m = 0; m < kM; ++m) sum4(acc[4 * m], acc[4 * m + 1], acc[4 * m + 2], acc[4 * m + 3], sums + 4 * m);
 }
 
 template <int kBits>
@@ -220,7 +210,7 @@ void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start,
   uint8_t* rows = (uint8_t*)(sums + round_up(4 * job.m, W) + 2 * W);
   memset(rows, 0, 4 * kInt8Stride);
   for (int64_t n = part.column0; n < part.column1; n += 4) {
-    int64_t slots[4], ids[4];
+    int64_t slots[4], ids[4], ahead = start(w, least(n + 4, w.n - 1), 0) - start(w, n, 0);
     for (int r = 0; r < 4; ++r) {
       ids[r] = least(n + r, w.n - 1);
       slots[r] = start(w, ids[r], 0);
@@ -236,7 +226,7 @@ void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start,
     }
     for (int64_t k = 0; k < w.k; k += kInt8Chunk) {
       const int64_t end = least(k + kInt8Chunk, w.k);
-      for (int r = 0; r < 4; ++r) slots[r] = codes(w, ids[r], k, end, slots[r], rows + r * kInt8Stride);
+      for (int r = 0; r < 4; ++r) slots[r] = codes(w, ids[r], k, end, slots[r], ahead, rows + r * kInt8Stride);
       const int64_t s0 = k / x.segment, s1 = (end + x.segment - 1) / x.segment;
       int64_t m = 0;
       for (; m + kInt8DotRows <= job.m; m += kInt8DotRows)
@@ -256,31 +246,21 @@ void int8_tile(const Quantized& x, int64_t row, int64_t s0, int64_t s1, const ui
                const float* offsets, float* c) {
   const int8_t* q = x.q + row * x.ldq + s0 * x.segment;
   for (int64_t s = s0; s < s1; ++s, scales += kTile, offsets += kTile) {
-    vi acc[kR][kVectors];
-#pragma GCC unroll 16
-    for (int i = 0; i < kR; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = no_sums();
-    for (int64_t k = 0; k < x.segment; k += 4, q += 4, panel += 4 * kTile) {
-      vi codes[kVectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) codes[v] = load_bytes(panel + 4 * W * v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kR; ++i) {
-        const vi inputs = repeat4(q + i * x.ldq);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = dot4<kBits>(acc[i][v], codes[v], inputs);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kR; ++i) {
-      const vf scale = set1(x.scales[(row + i) * x.padded + s]), sum = set1(x.sums[(row + i) * x.padded + s]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        float* out = c + i * kInt8Width + v * W;
-        const vf scaled = fma(load(scales + v * W), scale, zero());
-        store(out, fma(to_float(acc[i][v]), scaled, fma(load(offsets + v * W), sum, load(out))));
-      }
+    constexpr int kSums = kR * kVectors;
+    vi acc[kSums];
+#pragma GCC unroll 32
+    for (int j = 0; j < kSums; ++j) acc[j] = no_sums();
+    for (int64_t k = 0; k < x.segment; k += 4, q += 4, panel += 4 * kTile)
+#pragma GCC unroll 32
+      for (int j = 0; j < kSums; ++j)
+        acc[j] = dot4<kBits>(acc[j], load_bytes(panel + 4 * W * (j % kVectors)), repeat4(q + j / kVectors * x.ldq));
+#pragma GCC unroll 32
+    for (int j = 0; j < kSums; ++j) {
+      const int64_t at = (row + j / kVectors) * x.padded + s;
+      const int v = j % kVectors * W;
+      float* out = c + j / kVectors * kInt8Width + v;
+      const vf scale = fma(load(scales + v), set1(x.scales[at]), zero());
+      store(out, fma(to_float(acc[j]), scale, fma(load(offsets + v), set1(x.sums[at]), load(out))));
     }
   }
 }
@@ -331,9 +311,11 @@ void int8_panel_part(const Job& job, const Quantized& x, Codes codes,
         for (int64_t t = 0; t < width; t += kTile) {
           uint8_t* out = panel + t * kInt8Chunk;
           for (int64_t v = 0; v < kTile; v += W) {
+            const int64_t first = least(c0 + t + v, w.n - 1);
+            const int64_t ahead = start(w, least(first + W, w.n - 1), 0) - start(w, first, 0);
             for (int64_t i = 0; i < W; ++i)
               slots[t + v + i] =
-                  codes(w, least(c0 + t + v + i, w.n - 1), k, end, slots[t + v + i], rows + i * kInt8Stride);
+                  codes(w, least(first + i, w.n - 1), k, end, slots[t + v + i], ahead, rows + i * kInt8Stride);
             for (int64_t d = 0; d < (s1 - s0) * x.segment; d += 16)
               transpose4((const float*)(rows + d), kInt8Stride / 4, (float*)(out + d * kTile + 4 * v), kTile);
           }

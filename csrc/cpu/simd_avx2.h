@@ -128,20 +128,20 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
   store(dst + 3 * ldd, _mm256_shuffle_ps(b, d, 0xee));
 }
 
-using vi = __m256i;
-inline vi no_sums() { return _mm256_setzero_si256(); }
-inline vi load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline vi repeat4(const void* p) { return _mm256_set1_epi32(peek<int32_t>(p)); }
+typedef int32_t vi __attribute__((vector_size(32)));  // not __m256i: GCC keeps an array of those in memory
+inline vi no_sums() { return vi{}; }
+inline vi load_bytes(const void* p) { return (vi)_mm256_loadu_si256((const __m256i*)p); }
+inline vi repeat4(const void* p) { return (vi)_mm256_set1_epi32(peek<int32_t>(p)); }
 template <int kBits>
 inline vi dot4(vi sums, vi codes, vi x) {
-  if constexpr (kBits < 8)
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+  const __m256i u = (__m256i)codes, s = (__m256i)x;
+  if constexpr (kBits < 8) return sums + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
   // Two products of eight-bit codes may exceed 16 bits.
-  const vi even = _mm256_and_si256(codes, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(codes, 8);
-  const vi x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
-  return _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd)));
+  const __m256i even = _mm256_and_si256(u, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(u, 8);
+  const __m256i s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
+  return sums + (vi)_mm256_madd_epi16(even, s_even) + (vi)_mm256_madd_epi16(odd, s_odd);
 }
-inline vf to_float(vi v) { return _mm256_cvtepi32_ps(v); }
+inline vf to_float(vi v) { return _mm256_cvtepi32_ps((__m256i)v); }
 inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {
   const __m128i ranks = _mm_loadl_epi64((const __m128i*)(kRanks.of + bits));
   return (uint64_t)_mm_cvtsi128_si64(_mm_shuffle_epi8(_mm_cvtsi64_si128((int64_t)bytes), ranks));

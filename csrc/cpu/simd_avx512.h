@@ -134,15 +134,15 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
   store(dst + 3 * ldd, _mm512_shuffle_ps(b, d, 0xee));
 }
 
-using vi = __m512i;
-inline vi no_sums() { return _mm512_setzero_si512(); }
-inline vi load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline vi repeat4(const void* p) { return _mm512_set1_epi32(peek<int32_t>(p)); }
+typedef int32_t vi __attribute__((vector_size(64)));  // not __m512i: GCC keeps an array of those in memory
+inline vi no_sums() { return vi{}; }
+inline vi load_bytes(const void* p) { return (vi)_mm512_loadu_si512(p); }
+inline vi repeat4(const void* p) { return (vi)_mm512_set1_epi32(peek<int32_t>(p)); }
 template <int kBits>
 inline vi dot4(vi sums, vi codes, vi x) {
-  return _mm512_dpbusd_epi32(sums, codes, x);
+  return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
 }
-inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
+inline vf to_float(vi v) { return _mm512_cvtepi32_ps((__m512i)v); }
 inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {
   return _pdep_u64(bytes, _pdep_u64(bits, 0x0101010101010101) * 0xff);
 }
