@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +19,7 @@ def plot_all(folder: Path) -> list[Path]:
     written = []
     if (folder / "kernels.csv").exists():
         written.append(plot_kernels(read(folder / "kernels.csv"), folder / "kernels.png"))
+        written.append(plot_roofline(read(folder / "kernels.csv"), folder))
     if (folder / "prompt_length.csv").exists():
         written.append(plot_prompt_length(read(folder / "prompt_length.csv"), folder / "prompt_length.png"))
     return written
@@ -42,6 +44,27 @@ def plot_kernels(rows: list[dict[str, str]], path: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     return _save(figure, path)
+
+
+def plot_roofline(rows: list[dict[str, str]], folder: Path) -> Path:
+    """GFLOP/s against FLOP per byte moved, forward, under the measured roofs (those of fp32 multiply-adds)."""
+    roof = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["direction"] == "forward" and "int8 activations" not in row["format"]:
+            speed = float(row["gflop_per_s"])
+            lines[row["format"]].append((speed / float(row["gb_per_s"]), speed))
+    figure, (axis,) = _figure(1)
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", linestyle="", label=label)
+    bandwidth, peak = float(roof["gb_per_s"]), float(roof["gflop_per_s"])
+    ends = [min(min(points)[0] for points in lines.values()), max(max(points)[0] for points in lines.values())]
+    corner = sorted({*ends, min(max(peak / bandwidth, ends[0]), ends[1])})
+    axis.plot(corner, [min(peak, bandwidth * x) for x in corner], color="black", label="limit")
+    axis.set(xlabel="FLOP per byte", ylabel="GFLOP/s", xscale="log", yscale="log", title="forward")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7)
+    return _save(figure, folder / "roofline.png")
 
 
 def plot_prompt_length(rows: list[dict[str, str]], path: Path) -> Path:

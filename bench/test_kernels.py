@@ -12,7 +12,7 @@ from bench.machine import machine
 from ctp_kernels import FORMATS, PackedWeight, pack, parse_format
 from ctp_kernels.backends import choose
 
-#: (name in the table, format, share of zeros in the weight)
+#: (name in the table, format, share of zeros in the weight[, compute])
 CASES = [
     ("int4", "int4", 0.0),
     ("int3", "int3", 0.0),
@@ -21,6 +21,10 @@ CASES = [
     ("unstructured-bf16 50 %", "unstructured-bf16", 0.5),
     ("unstructured-bf16 75 %", "unstructured-bf16", 0.75),
     ("unstructured-int4 50 %", "unstructured-int4", 0.5),
+    ("int4, int8 activations", "int4", 0.0, "int8"),
+    ("int3, int8 activations", "int3", 0.0, "int8"),
+    ("sparse24-int4, int8 activations", "sparse24-int4", 0.5, "int8"),
+    ("unstructured-int4 50 %, int8 activations", "unstructured-int4", 0.5, "int8"),
 ]
 EXTRA = [(name, name, 0.5) for name in FORMATS if name not in {case[1] for case in CASES}]
 SHAPES = [(4096, 4096), (2048, 2048), (11008, 4096), (4096, 11008)]
@@ -64,7 +68,10 @@ def run_case(
     if not request.config.getoption("--benchmark-full"):
         if case in EXTRA or shape not in QUICK["shapes"] or rows not in QUICK["rows"][direction]:
             pytest.skip("only with --benchmark-full")
-    label, format, zeros = case
+    label, format, zeros, *mode = case
+    compute = mode[0] if mode else "exact"
+    if compute == "int8" and (direction == "dX" or device == "cuda"):
+        pytest.skip("int8 activations are forward only, on the CPU")
     n, k = shape
     held = weight(device, format, zeros, shape, dtype)
     name = held.packed[0].format.name
@@ -74,14 +81,15 @@ def run_case(
         pytest.skip(f"no kernel for {format} {way} on {device}")
     x = torch.randn(rows, k if direction == "forward" else n, device=device, dtype=dtype)
     if direction == "forward":
-        packed_calls = [lambda w=w: torch.ops.ctp.matmul(x, w.tensors, None, name, n, "auto") for w in held.packed]
+        matmul = torch.ops.ctp.matmul
+        packed_calls = [lambda w=w: matmul(x, w.tensors, None, name, n, "auto", compute) for w in held.packed]
         dense_calls = [lambda w=w: torch.nn.functional.linear(x, w) for w in held.dense]
     else:
         packed_calls = [lambda w=w: torch.ops.ctp.matmul_t(x, w.tensors, name, k, "auto") for w in held.packed]
         dense_calls = [lambda w=w: x @ w for w in held.dense]
 
     expected, got = dense_calls[0]().float(), packed_calls[0]().float()
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    tolerance = 2e-2 if compute == "int8" else 1e-4 if dtype == torch.float32 else 1e-2
     error = ((got - expected).norm() / expected.norm()).item()
     assert error < tolerance, f"{label} {direction} is wrong before it is timed: relative error {error:.2e}"
 
@@ -101,7 +109,11 @@ def run_case(
 
 
 def ids(case) -> str:
-    return case[0].replace(" ", "").replace("%", "") if isinstance(case[0], str) else "x".join(map(str, case))
+    return (
+        case[0].replace(" ", "").replace("%", "").replace(",", "-")
+        if isinstance(case[0], str)
+        else "x".join(map(str, case))
+    )
 
 
 @pytest.mark.parametrize("rows", ROWS)

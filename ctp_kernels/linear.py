@@ -51,7 +51,9 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         mode = "" if self.compute == "exact" else f", compute={self.compute}"
-        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, format={self.format}{mode}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, format={self.format}{mode}"
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         before = {name: self.get_buffer(name) for name in self.format.buffer_names}

@@ -20,8 +20,7 @@ from .format import Format, parse_format
 
 _LIB = torch.library.Library("ctp", "DEF")
 _LIB.define(
-    "matmul(Tensor x, Tensor[] packed, Tensor? bias, str format, int n, str backend, "
-    'str compute="exact") -> Tensor'
+    'matmul(Tensor x, Tensor[] packed, Tensor? bias, str format, int n, str backend, str compute="exact") -> Tensor'
 )
 _LIB.define("matmul_t(Tensor dy, Tensor[] packed, str format, int k, str backend) -> Tensor")
 

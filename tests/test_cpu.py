@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ctp_kernels import FORMATS, CTPError, PackedWeight, pack, parse_format
-from ctp_kernels.backends import c_interface, cpu
+from ctp_kernels.backends import c_interface, cpu, reference
 
 from .helpers import weight_for
 
@@ -198,11 +198,12 @@ def test_nothing_is_written_around_the_output(name: str) -> None:
             x, dy = random(m, k, dtype=dtype), random(m, n, dtype=dtype)
             y, dx = (torch.full((m * width + 2 * edge,), 77.0, dtype=dtype) for width in (n, k))
             start_y, start_dx = y[edge:].data_ptr(), dx[edge:].data_ptr()
-            assert library.ctp_cpu_matmul(weight, x.data_ptr(), k, m, None, start_y, code, 1) == 0
+            for compute in (0, 1) if packed.format.quantized else (0,):
+                y.fill_(77)
+                assert library.ctp_cpu_matmul(weight, x.data_ptr(), k, m, None, start_y, code, compute, 1) == 0
+                assert (y[:edge] == 77).all() and (y[-edge:] == 77).all() and (y[edge:-edge] != 77).all(), isa
             assert library.ctp_cpu_matmul_t(weight, dy.data_ptr(), n, m, start_dx, code, 1) == 0
-            for out in (y, dx):
-                assert (out[:edge] == 77).all() and (out[-edge:] == 77).all(), isa
-                assert (out[edge:-edge] != 77).all(), isa
+            assert (dx[:edge] == 77).all() and (dx[-edge:] == 77).all() and (dx[edge:-edge] != 77).all(), isa
 
 
 @pytest.mark.parametrize("m", [1, 4, 20])
@@ -249,3 +250,92 @@ def test_unsupported_says_why() -> None:
     assert cpu.unsupported(format, shape, torch.float32, device, "forward") is None
     assert "float64" in str(cpu.unsupported(format, shape, torch.float64, device, "forward"))
     assert "cuda" in str(cpu.unsupported(format, shape, torch.float32, torch.device("cuda"), "forward"))
+
+
+INT8 = [
+    *("int4", "int3", "int2", "int8", "int4-asym", "int4-g8", "int3-g64", "int4-g256", "int4-g192-asym", "int2-row"),
+    *("sparse24-int4", "sparse24-int8-row-asym", "unstructured-int3", "unstructured-int4-asym"),
+    "unstructured-int8-g24-asym",
+]
+
+
+def int8_matmul(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return cpu.matmul(x, packed.tensors, packed.format, packed.shape[0], bias, "int8")
+
+
+@pytest.mark.parametrize(
+    "m, shape",
+    [(1, (5, 100)), (3, (70, 264)), (4, (33, 1028)), (5, (40, 1000)), (33, (67, 520)), (270, (300, 640))],
+)
+@pytest.mark.parametrize("name", INT8)
+def test_int8_activations(name: str, m: int, shape: tuple[int, int]) -> None:
+    """Near a dense product of the rounded activations (codes and zeros are summed apart: twice the usual bound), and no
+    further from the exact one than ctp.h says."""
+    (n, k), (packed, weight) = shape, packed_weight(name, shape)
+    x, bias = random(m, k, dtype=torch.float32), random(n, dtype=torch.float32)
+    x[0, : k // 2] *= 1e3  # a row whose segments differ
+    rounded = reference.round_activations(x, packed.format)
+    bound, exact = Bound(rounded, weight.T, bias, 4), x.double() @ weight.T + bias.double()
+    allowed = (rounded - x).double().abs() @ weight.T.abs() + bound.allowed
+    for isa in isas():
+        y = int8_matmul(packed, x, bias)
+        bound.check(y, f"int8 {isa}")
+        assert ((y.double() - exact).abs() <= allowed).all(), isa
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_activations_of_every_dtype_and_stride(dtype: str) -> None:
+    packed, weight = packed_weight("unstructured-int4", (33, 520))
+    for m in (2, 20):
+        x = random(2 * m, 700, dtype=DTYPES[dtype])[::2, 100:620]
+        rounded = reference.round_activations(x.float(), packed.format)
+        bound = Bound(rounded, weight.T, None, 4)
+        for isa in isas():
+            y = int8_matmul(packed, x)
+            assert y.dtype == x.dtype
+            eps = torch.finfo(x.dtype).eps * bound.exact.abs()
+            assert ((y.double() - bound.exact).abs() <= bound.allowed + eps).all(), isa
+
+
+def test_round_activations_stays_within_half_a_step() -> None:
+    format = parse_format("int4-g64")
+    x = random(7, 200, dtype=torch.float32)
+    x[3, :64], x[4, 64:128] = 0, 1e-40
+    parts = torch.nn.functional.pad(x, (0, 56)).view(7, 4, 64)
+    step = (parts.abs().amax(-1, keepdim=True) / 127).expand_as(parts).reshape(7, 256)[:, :200]
+    rounded = reference.round_activations(x, format)
+    assert ((rounded - x).abs() <= step * 0.5001 + 1e-36).all()
+    assert torch.equal(rounded[3, :64], torch.zeros(64))
+
+
+@pytest.mark.parametrize("m, shape", [(1, (256, 520)), (3, (256, 520)), (17, (96, 520)), (300, (33, 1040))])
+@pytest.mark.parametrize("name", ["int4", "int8-asym", "unstructured-int3"])
+def test_thread_count_does_not_change_the_bits_of_int8(name: str, m: int, shape: tuple[int, int]) -> None:
+    packed, _ = packed_weight(name, shape)
+    x = random(m, shape[1], dtype=torch.float32)
+    for isa in isas():
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(int8_matmul(packed, x))
+        assert all(torch.equal(y, found[0]) for y in found), isa
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("m", [1, 20])
+def test_int8_makes_the_row_of_a_nan_nan(m: int, bad: float) -> None:
+    packed, _ = packed_weight("sparse24-int4", (33, 172))
+    x = random(m, 172, dtype=torch.float32)
+    x[0, 170] = bad
+    for isa in isas():
+        y = int8_matmul(packed, x)
+        assert y[0].isnan().all() and y[1:].isfinite().all(), isa
+
+
+def test_int8_needs_codes() -> None:
+    packed, _ = packed_weight("unstructured-bf16", (33, 172))
+    x = random(2, 172, dtype=torch.float32)
+    with pytest.raises(CTPError, match='compute="int8" multiplies codes, and unstructured-bf16 stores floating'):
+        torch.ops.ctp.matmul(x, packed.tensors, None, "unstructured-bf16", 33, "auto", "int8")
+    with pytest.raises(CTPError, match="unknown compute 'int7'"):
+        torch.ops.ctp.matmul(x, packed.tensors, None, "unstructured-bf16", 33, "auto", "int7")

@@ -45,7 +45,8 @@ def test_opcheck(name, backend):
     packed = layer_for(name).packed
     x = torch.randn(3, 172, requires_grad=True)
     bias = torch.randn(24, requires_grad=True)
-    torch.library.opcheck(torch.ops.ctp.matmul, (x, packed.tensors, bias, name_of(packed), 24, backend))
+    for compute in ("exact", "int8") if packed.format.quantized else ("exact",):
+        torch.library.opcheck(torch.ops.ctp.matmul, (x, packed.tensors, bias, name_of(packed), 24, backend, compute))
     dy = torch.randn(3, 24, requires_grad=True)
     torch.library.opcheck(torch.ops.ctp.matmul_t, (dy, packed.tensors, name_of(packed), 172, backend))
 

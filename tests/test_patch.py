@@ -147,3 +147,28 @@ def test_saving_again_replaces_the_folder_as_a_whole(tmp_path):
     with pytest.raises(CTPError, match="no packed layer"):
         save_packed(small_model("opt"), tmp_path / "packed")
     assert (tmp_path / "packed" / MANIFEST).exists()
+
+
+def test_int8_activations_are_a_switch_that_can_be_turned_back():
+    model = small_model("llama")
+    tokens = torch.arange(12)[None]
+    exact = patch_model(model, "int4")(tokens).logits
+    rounded = patch_model(model, "int4", compute="int8")(tokens).logits
+    difference = ((rounded - exact).norm() / exact.norm()).item()
+    assert 0 < difference < 0.05
+    assert "compute=int8" in repr(model)
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits.sum().backward()  # the backward is that of the exact product
+    assert embeddings.grad is not None and embeddings.grad.isfinite().all()
+    assert torch.equal(patch_model(model, "int4")(tokens).logits, exact)
+
+
+def test_int8_activations_are_refused_before_anything_changes():
+    model = small_model("llama")
+    with pytest.raises(CTPError, match="multiplies codes"):
+        patch_model(model, "sparse24", compute="int8")
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    patch_model(model, "sparse24")
+    with pytest.raises(CTPError, match="multiplies codes"):
+        patch_model(model, compute="int8")
+    assert all(m.compute == "exact" for m in model.modules() if isinstance(m, PackedLinear))

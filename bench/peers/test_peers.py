@@ -98,12 +98,12 @@ def torch_csr(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
     return [lambda x, w=w: (w @ x.T).T for w in weights]
 
 
-#: name -> (contender, format, zeros, relative error allowed)
+#: name -> (contender, format, zeros, relative error allowed[, compute: ours])
 PEERS = {
     "onnxruntime exact": (lambda p, d: onnxruntime(p, d, 1), "int4", 0.0, 1e-4),
-    "onnxruntime int8 activations": (lambda p, d: onnxruntime(p, d, 4), "int4", 0.0, 2e-2),
+    "onnxruntime int8 activations": (lambda p, d: onnxruntime(p, d, 4), "int4", 0.0, 2e-2, "int8"),
     "torch int4": (torch_int4, "int4", 0.0, 1e-2),
-    "torch dynamic int8": (torch_dynamic_int8, "int4", 0.0, 5e-2),
+    "torch dynamic int8": (torch_dynamic_int8, "int4", 0.0, 5e-2, "int8"),
     "bitsandbytes fp4": (bitsandbytes, "int4", 0.0, 0.3),
     "torch csr, 50 %": (torch_csr, "unstructured-bf16", 0.5, 1e-4),
     "torch csr, 75 %": (torch_csr, "unstructured-bf16", 0.75, 1e-4),
@@ -112,7 +112,7 @@ PEERS = {
 
 @lru_cache(maxsize=1)
 def contender(peer: str) -> list[Call]:
-    make, format, zeros, _ = PEERS[peer]
+    make, format, zeros, *_ = PEERS[peer]
     copies, dense = case(format, zeros)
     return make(copies[0], dense)
 
@@ -122,7 +122,8 @@ def contender(peer: str) -> list[Call]:
 @pytest.mark.parametrize("peer", PEERS, ids=lambda name: name.replace(" ", "-"))
 @torch.no_grad()
 def test_cpu_peers(interleave, table, peer, rows):
-    _, format, zeros, tolerance = PEERS[peer]
+    _, format, zeros, tolerance, *mode = PEERS[peer]
+    compute = mode[0] if mode else "exact"
     copies, dense = case(format, zeros)
     others = contender(peer)
     x = torch.randn(rows, K)
@@ -135,12 +136,12 @@ def test_cpu_peers(interleave, table, peer, rows):
         {
             "dense": [lambda w=w: torch.nn.functional.linear(x, w) for w in weights],
             "peer": [lambda call=call: call(x) for call in others],
-            "packed": [lambda w=w: matmul(x, w.tensors, None, name, N, "auto") for w in copies],
+            "packed": [lambda w=w: matmul(x, w.tensors, None, name, N, "auto", compute) for w in copies],
         }
     )
     medians = {who: t["median"] for who, t in times.items()}
     table.add("cpu", "peers", {
-        "peer": peer, "format": format, "n": N, "k": K, "rows": rows, "dense_ms": medians["dense"] * 1e3,
+        "peer": peer, "format": format, "compute": compute, "n": N, "k": K, "rows": rows, "dense_ms": medians["dense"] * 1e3,
         "peer_ms": medians["peer"] * 1e3, "packed_ms": medians["packed"] * 1e3,
         "peer_over_dense": medians["dense"] / medians["peer"],
         "packed_over_dense": medians["dense"] / medians["packed"],

@@ -69,9 +69,9 @@ int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64
     Blocks<Pattern, Coded<kBits>> blocks(w, row, k, slot);
     for (; k + 64 <= end; k += 64, out += 64) {
       const Held held = blocks.template next<false>(w, ahead);
-      _mm512_storeu_si512(out, Pattern::kSparse ? _mm512_mask_mov_epi8(_mm512_set1_epi8((char)pruned), held.mask,
-                                                                       held.part[0])
-                                                : held.part[0]);
+      _mm512_storeu_si512(out, Pattern::kSparse
+                                   ? _mm512_mask_mov_epi8(_mm512_set1_epi8((char)pruned), held.mask, held.part[0])
+                                   : held.part[0]);
     }
     slot = blocks.slot;
 #endif
@@ -102,9 +102,7 @@ constexpr Codes codes_of() {
 
 // ---- Activations --------------------------------------------------------------------------------------------------
 
-inline int64_t segment_of(const Weight& w) {
-  return w.groups == 1 ? 128 : least(w.group & -w.group, 128);
-}
+inline int64_t segment_of(const Weight& w) { return w.groups == 1 ? 128 : least(w.group & -w.group, 128); }
 
 struct Quantized {
   int64_t segment, segments, padded;  // inputs a segment; segments a row, and the same rounded up to W
@@ -203,8 +201,7 @@ void int8_dots(const Quantized& x, int64_t row, int64_t s0, int64_t s1, const ui
 }
 
 template <int kBits>
-void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start,
-                   const Part& part, float* scratch) {
+void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   float *scales = scratch, *offsets = scales + 4 * x.padded, *sums = offsets + 4 * x.padded;
   uint8_t* rows = (uint8_t*)(sums + round_up(4 * job.m, W) + 2 * W);
@@ -265,7 +262,8 @@ void int8_tile(const Quantized& x, int64_t row, int64_t s0, int64_t s1, const ui
   }
 }
 
-using Int8Tile = void (*)(const Quantized&, int64_t, int64_t, int64_t, const uint8_t*, const float*, const float*, float*);
+using Int8Tile = void (*)(const Quantized&, int64_t, int64_t, int64_t, const uint8_t*, const float*, const float*,
+                          float*);
 template <int kR, int kBits>
 Int8Tile int8_tile_of(int rows) {
   if constexpr (kR == 1)
@@ -283,8 +281,7 @@ int64_t int8_dot_floats(const Job& job, const Quantized& x) {
 }
 
 template <int kBits>
-void int8_panel_part(const Job& job, const Quantized& x, Codes codes,
-                     Start start, const Part& part, float* scratch) {
+void int8_panel_part(const Job& job, const Quantized& x, Codes codes, Start start, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   const int64_t block = least(job.m, kInt8Block);
   float *c = scratch, *scales = c + block * kInt8Width, *offsets = scales + kInt8Width * x.segments;
@@ -306,8 +303,7 @@ void int8_panel_part(const Job& job, const Quantized& x, Codes codes,
       }
       memset(c, 0, sizeof(float) * (size_t)(m * kInt8Width));
       for (int64_t k = 0; k < w.k; k += kInt8Chunk) {
-        const int64_t end = least(k + kInt8Chunk, w.k), s0 = k / x.segment,
-                      s1 = (end + x.segment - 1) / x.segment;
+        const int64_t end = least(k + kInt8Chunk, w.k), s0 = k / x.segment, s1 = (end + x.segment - 1) / x.segment;
         for (int64_t t = 0; t < width; t += kTile) {
           uint8_t* out = panel + t * kInt8Chunk;
           for (int64_t v = 0; v < kTile; v += W) {

@@ -9,10 +9,10 @@
 
 namespace {
 
-constexpr int64_t kRowChunk = 2048;  // inputs: the unpacked entries of a chunk stay in L1
-constexpr int64_t kDepth = 256;      // depth of a panel: kDepth x kTile floats of it stay in L1
-constexpr int64_t kWidth = 256;      // columns of a panel
-constexpr int64_t kBlock = 512;      // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
+constexpr int64_t kRowChunk = 2048;       // inputs: the unpacked entries of a chunk stay in L1
+constexpr int64_t kDepth = 256;           // depth of a panel: kDepth x kTile floats of it stay in L1
+constexpr int64_t kWidth = 256;           // columns of a panel
+constexpr int64_t kBlock = 512;           // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
 
 // ---- Sinks: what happens to decoded lanes -------------------------------------------------------------------------

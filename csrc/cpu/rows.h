@@ -7,7 +7,7 @@ namespace {
 
 using ctp::Job;
 
-constexpr double kSmall = 1 << 20;  // multiplications below which waking threads costs more than it gains
+constexpr double kSmall = 1 << 20;       // multiplications below which waking threads costs more than it gains
 constexpr int64_t kTile = kVectors * W;  // columns of the register tile
 
 struct Part {
