@@ -65,7 +65,8 @@ def _(dy, packed, format, k, backend):
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, packed, _, ctx.format, _, ctx.backend, _ = inputs
+    x, packed, _, ctx.format, _, ctx.backend, *rest = inputs  # torch leaves an argument out where it is the default
+    ctx.rest = len(rest)
     ctx.width = x.shape[-1]
     ctx.save_for_backward(*packed)
 
@@ -82,7 +83,7 @@ def _matmul_backward(ctx, dy):
         dx = torch.ops.ctp.matmul_t(dy, list(ctx.saved_tensors), ctx.format, ctx.width, ctx.backend)
     if ctx.needs_input_grad[2]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, [None] * len(ctx.saved_tensors), dbias, None, None, None, None
+    return dx, [None] * len(ctx.saved_tensors), dbias, *[None] * (3 + ctx.rest)
 
 
 def _matmul_t_backward(ctx, ddx):
