@@ -65,8 +65,7 @@ def _(dy, packed, format, k, backend):
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, packed, _, ctx.format, _, ctx.backend, *rest = inputs  # torch leaves an argument out where it is the default
-    ctx.rest = len(rest)
+    x, packed, _, ctx.format, _, ctx.backend, _ = inputs
     ctx.width = x.shape[-1]
     ctx.save_for_backward(*packed)
 
@@ -83,7 +82,8 @@ def _matmul_backward(ctx, dy):
         dx = torch.ops.ctp.matmul_t(dy, list(ctx.saved_tensors), ctx.format, ctx.width, ctx.backend)
     if ctx.needs_input_grad[2]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, [None] * len(ctx.saved_tensors), dbias, *[None] * (3 + ctx.rest)
+    rest = len(ctx.needs_input_grad) - 3  # one less where the caller left `compute` at its default
+    return dx, [None] * len(ctx.saved_tensors), dbias, *[None] * rest
 
 
 def _matmul_t_backward(ctx, ddx):
