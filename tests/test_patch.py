@@ -150,7 +150,7 @@ def test_saving_again_replaces_the_folder_as_a_whole(tmp_path):
 
 
 def test_int8_activations_are_a_switch_that_can_be_turned_back():
-    model = small_model("llama")
+    model = small_model("opt")
     tokens = torch.arange(12)[None]
     exact = patch_model(model, "int4")(tokens).logits
     rounded = patch_model(model, "int4", compute="int8")(tokens).logits
@@ -164,7 +164,7 @@ def test_int8_activations_are_a_switch_that_can_be_turned_back():
 
 
 def test_int8_activations_are_refused_before_anything_changes():
-    model = small_model("llama")
+    model = small_model("opt")
     with pytest.raises(CTPError, match="multiplies codes"):
         patch_model(model, "sparse24", compute="int8")
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
