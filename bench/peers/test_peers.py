@@ -141,7 +141,8 @@ def test_cpu_peers(interleave, table, peer, rows):
     )
     medians = {who: t["median"] for who, t in times.items()}
     table.add("cpu", "peers", {
-        "peer": peer, "format": format, "compute": compute, "n": N, "k": K, "rows": rows, "dense_ms": medians["dense"] * 1e3,
+        "peer": peer, "format": format, "compute": compute, "n": N, "k": K, "rows": rows,
+        "dense_ms": medians["dense"] * 1e3,
         "peer_ms": medians["peer"] * 1e3, "packed_ms": medians["packed"] * 1e3,
         "peer_over_dense": medians["dense"] / medians["peer"],
         "packed_over_dense": medians["dense"] / medians["packed"],
