@@ -46,7 +46,7 @@ def bitsandbytes_model() -> torch.nn.Module:
 
 
 def weight_bytes(net: torch.nn.Module) -> int:
-    return sum(t.nbytes for t in {t.data_ptr(): t for t in net.state_dict().values() if torch.is_tensor(t)}.values())
+    return sum(t.nbytes for t in {t.data_ptr(): t for t in (*net.parameters(), *net.buffers())}.values())
 
 
 def step(net: torch.nn.Module, prompt: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -34,18 +34,19 @@ enum ctp_status {
 };
 
 typedef struct {
-  int64_t n, k;               /* weight is (n, k) */
-  int32_t pattern;            /* enum ctp_pattern */
-  int32_t values;             /* enum ctp_values */
-  int32_t scale_dtype;        /* CTP_FP32 or CTP_FP16 */
-  int32_t symmetric;          /* 1: zero = 2^(bits-1) */
-  int64_t group;              /* inputs per scale, a multiple of 8; k for one scale a row */
-  const void* stored;         /* values or codes */
-  const void* stored_hi;      /* int3's high bit plane, or NULL */
-  const uint8_t* mask;        /* (n, ceil(k/8)), or NULL for dense */
-  const int32_t* row_offsets; /* (n + 1,) in units of 8 slots, or NULL unless unstructured */
-  const void* scales;         /* (n, ceil(k/group)), or NULL for floating values */
-  const uint8_t* zeros;       /* like scales, or NULL when symmetric */
+  int64_t n, k;                /* weight is (n, k) */
+  int32_t pattern;             /* enum ctp_pattern */
+  int32_t values;              /* enum ctp_values */
+  int32_t scale_dtype;         /* CTP_FP32 or CTP_FP16 */
+  int32_t symmetric;           /* 1: zero = 2^(bits-1) */
+  int64_t group;               /* inputs per scale, a multiple of 8; k for one scale a row */
+  const void* stored;          /* values or codes */
+  const void* stored_hi;       /* int3's high bit plane, or NULL */
+  const uint8_t* mask;         /* (n, ceil(k/8)), or NULL for dense */
+  const int32_t* row_offsets;  /* (n + 1,) in units of 8 slots, or NULL unless unstructured */
+  const int32_t* tile_offsets; /* (ceil(k/128), n): entries of a row before input 128 t; likewise */
+  const void* scales;          /* (n, ceil(k/group)), or NULL for floating values */
+  const uint8_t* zeros;        /* like scales, or NULL when symmetric */
 } ctp_weight;
 
 /* x, bias and y (dy and dx) share dtype: CTP_FP32, CTP_FP16 or CTP_BF16. ldx: elements from a row to the next;

@@ -113,7 +113,7 @@ class Format:
 
     @cached_property
     def buffer_names(self) -> tuple[str, ...]:
-        """The names of the tensors that hold a weight of this format, in the order kernels take them."""
+        """The names of the tensors that hold a weight of this format, in files too."""
         names = ["codes" if self.quantized else "values"]
         if self.values == "int3":
             names.append("codes_hi")
@@ -126,6 +126,11 @@ class Format:
             if not self.symmetric:
                 names.append("zeros")
         return tuple(names)
+
+    @cached_property
+    def kernel_names(self) -> tuple[str, ...]:
+        """`buffer_names`, then what is computed from them in memory, in the order kernels take them."""
+        return (*self.buffer_names, "tile_offsets") if self.pattern == "unstructured" else self.buffer_names
 
 
 @cache

@@ -12,6 +12,7 @@ from . import ops  # noqa: F401  (registers torch.ops.ctp)
 from .errors import CTPError
 from .format import FLOAT_DTYPES
 from .packed import PackedWeight
+from .patterns import tile_offsets
 
 
 class PackedLinear(nn.Module):
@@ -31,8 +32,8 @@ class PackedLinear(nn.Module):
         packed.validate()
         self.format, self.dtype, self.backend, self.compute = packed.format, packed.dtype, backend, compute
         self.out_features, self.in_features = packed.shape
-        for name in packed.format.buffer_names:
-            self.register_buffer(name, packed.buffers[name])
+        for name, tensor in zip(packed.format.kernel_names, packed.tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=name in packed.format.buffer_names)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
@@ -41,10 +42,10 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as a PackedWeight that shares this layer's buffers."""
         buffers = {name: self.get_buffer(name) for name in self.format.buffer_names}
-        return PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, buffers)
+        return PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, buffers, self._buffers.get("tile_offsets"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tensors = [self._buffers[name] for name in self.format.buffer_names]
+        tensors = [self._buffers[name] for name in self.format.kernel_names]
         return torch.ops.ctp.matmul(
             x, tensors, self.bias, self.format.name, self.out_features, self.backend, self.compute
         )
@@ -56,7 +57,7 @@ class PackedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        before = {name: self.get_buffer(name) for name in self.format.buffer_names}
+        before = {name: self.get_buffer(name) for name in self.format.kernel_names}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self.get_buffer(name)
@@ -91,3 +92,5 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if "tile_offsets" in self.format.kernel_names and len(found) == len(own):
+            self.tile_offsets = tile_offsets(self.get_buffer("mask"))

@@ -3,7 +3,7 @@
     ctp::matmul(x (..., K), packed, bias (N,)?, format, n, backend, compute="exact") -> y (..., N) = x W^T + bias
     ctp::matmul_t(dy (..., N), packed, format, k, backend) -> dx (..., K) = dy W
 
-`packed` lists the buffers of the weight in the order of `format.buffer_names`. Each operator is the other's
+`packed` lists the buffers of the weight in the order of `format.kernel_names`. Each operator is the other's
 backward with respect to the activations; the packed weight is frozen and has no gradient. The backward keeps
 nothing but the packed buffers. With compute="int8" (see `backends.COMPUTE`) the backward is that of the exact
 product.

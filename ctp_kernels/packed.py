@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .errors import CTPError
 from .format import FLOAT_DTYPES, Format, as_format
-from .patterns import POPCOUNT, bytes_to_mask, gather_rows, magnitude24, mask_to_bytes, scatter_rows
+from .patterns import POPCOUNT, bytes_to_mask, gather_rows, magnitude24, mask_to_bytes, scatter_rows, tile_offsets
 from .values import PLANES, codes_to_planes, dequantize, minmax_grid, planes_to_codes, quantize
 
 
@@ -29,18 +29,25 @@ class PackedWeight:
     | `zeros`       | uint8          | (N, groups)                                                    |
 
     `slots` is N * format.row_entries(K), or 8 * row_offsets[N] for unstructured. `dtype` is what `unpack` returns.
-    The layouts are drawn in `patterns.py` and `values.py`.
+    The layouts are drawn in `patterns.py` and `values.py`. The buffers are what files hold; for unstructured weights
+    `tensors` adds `tile_offsets`, a quarter of a bit a weight, computed when first asked for.
     """
 
     format: Format
     shape: tuple[int, int]
     dtype: torch.dtype
     buffers: dict[str, torch.Tensor]
+    _tile_offsets: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The buffers in the order kernels take them."""
-        return [self.buffers[name] for name in self.format.buffer_names]
+        """What kernels take: the tensors that `format.kernel_names` names."""
+        tensors = [self.buffers[name] for name in self.format.buffer_names]
+        if self.format.pattern == "unstructured":
+            if self._tile_offsets is None:
+                self._tile_offsets = tile_offsets(self.buffers["mask"])
+            tensors.append(self._tile_offsets)
+        return tensors
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import torch
 
+#: Inputs of a tile, for `tile_offsets`.
+TILE = 128
+
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 POPCOUNT = torch.tensor([bin(i).count("1") for i in range(256)], dtype=torch.uint8)
 
@@ -30,6 +33,17 @@ def bytes_to_mask(bitmap: torch.Tensor, k: int) -> torch.Tensor:
     """uint8 (N, ceil(K/8)) -> bool (N, K)."""
     bits = (bitmap.unsqueeze(-1) & _BITS.to(bitmap.device)) != 0
     return bits.view(bitmap.shape[0], -1)[:, :k]
+
+
+def tile_offsets(bitmap: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, ceil(K/8)) -> int32 (ceil(K/128), N): stored entries of row n before input 128 t.
+
+    So a kernel can begin anywhere in a row, and read the beginnings of neighbouring rows in one piece.
+    """
+    n, bytes_a_row = bitmap.shape
+    padded = torch.nn.functional.pad(bitmap, (0, -bytes_a_row % (TILE // 8)))
+    counts = POPCOUNT.to(bitmap.device)[padded.long()].view(n, -1, TILE // 8).sum(-1, dtype=torch.int32)
+    return (counts.cumsum(1, dtype=torch.int32) - counts).T.contiguous()
 
 
 def is_sparse24(weight: torch.Tensor) -> bool:

@@ -223,3 +223,10 @@ def test_missing_and_unknown_buffers_are_named():
     packed.buffers["extra"] = packed.buffers.pop("scales")
     with pytest.raises(CTPError, match=r"scales.*extra"):
         packed.validate()
+
+
+def test_tile_offsets_count_the_entries_before_each_tile():
+    weight = torch.randn(5, 300) * (torch.rand(5, 300) < 0.4)
+    packed = pack(weight, "unstructured-int4")
+    found = dict(zip(packed.format.kernel_names, packed.tensors, strict=True))["tile_offsets"]
+    assert found.tolist() == [[int((weight[n, : 128 * t] != 0).sum()) for n in range(5)] for t in range(3)]

@@ -115,6 +115,7 @@ def test_state_dict_round_trip_through_torch_save():
     other.load_state_dict(torch.load(file, weights_only=True))
     x = torch.randn(2, 172)
     assert torch.equal(other(x), layer(x))
+    assert torch.equal(other.tile_offsets, layer.tile_offsets)
 
 
 def test_damaged_state_is_refused_and_the_layer_stays_sound():

@@ -54,7 +54,7 @@ bool sound(const ctp_weight& w) {
   if (w.pattern != CTP_DENSE && !w.mask) return false;
   if (w.pattern == CTP_SPARSE24 && w.k % 4) return false;
   if (w.pattern == CTP_UNSTRUCTURED) {
-    if (!w.row_offsets) return false;
+    if (!w.row_offsets || !w.tile_offsets) return false;
   } else if (!w.stored || (w.values == CTP_INT3 && !w.stored_hi)) {
     return false;  // only an unstructured weight may have no entries, and then no buffer
   }

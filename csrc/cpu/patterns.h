@@ -40,7 +40,9 @@ struct Unstructured {
   static constexpr bool kSparse = true;
   static constexpr int kBlockStored = 0;
   static int64_t start(const Weight& w, int64_t row, int64_t k) {
-    return (int64_t)w.row_offsets[row] * 8 + popcount(bitmap(w, row, 0), k >> 3);
+    const int64_t tile = k >> 7;
+    return (int64_t)w.row_offsets[row] * 8 + w.tile_offsets[tile * w.n + row] +
+           popcount(bitmap(w, row, tile << 7), (k & 127) >> 3);
   }
   static int64_t stored(const Weight& w, int64_t row, int64_t k0, int64_t k1) {
     return popcount(bitmap(w, row, k0), (k1 - k0 + 7) >> 3);

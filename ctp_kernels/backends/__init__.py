@@ -6,7 +6,7 @@ A backend is a module with
     matmul_t(dy (M, N), tensors, format, k) -> dx (M, K)              dx = dy W
     unsupported(format, shape, dtype, device, direction, compute) -> the reason why it cannot, or None
 
-`tensors` come in the order of `format.buffer_names`; `direction` is "forward" or "backward"; `compute` is
+`tensors` come in the order of `format.kernel_names`; `direction` is "forward" or "backward"; `compute` is
 one of COMPUTE, and "exact" for the backward.
 """
 

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CTPError
 from ..format import PATTERNS, Format
+from ..patterns import TILE
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _VALUES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "int4": 4, "int3": 5, "int2": 6}
@@ -18,6 +19,7 @@ _FIELDS = {
     "codes_hi": "stored_hi",
     "mask": "mask",
     "row_offsets": "row_offsets",
+    "tile_offsets": "tile_offsets",
     "scales": "scales",
     "zeros": "zeros",
 }
@@ -31,7 +33,7 @@ class Weight(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "k")),
         *((name, ctypes.c_int32) for name in ("pattern", "values", "scale_dtype", "symmetric")),
         ("group", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("stored", "stored_hi", "mask", "row_offsets", "scales", "zeros")),
+        *((name, ctypes.c_void_p) for name in ("stored", "stored_hi", "mask", "row_offsets", "tile_offsets", "scales", "zeros")),
     )
 
 
@@ -69,7 +71,7 @@ def weight_of(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int) -
 
 def _describe(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int) -> Weight:
     """Checks the sizes, so that activations of another width cannot make a kernel read out of bounds."""
-    buffers = dict(zip(format.buffer_names, tensors, strict=True))
+    buffers = dict(zip(format.kernel_names, tensors, strict=True))
     for name, tensor in buffers.items():
         expected = _elements(name, format, n, k, buffers)
         if tensor.numel() != expected or not tensor.is_contiguous():
@@ -91,6 +93,8 @@ def _elements(name: str, format: Format, n: int, k: int, buffers: dict[str, torc
         return n * -(-k // 8)
     if name == "row_offsets":
         return n + 1
+    if name == "tile_offsets":
+        return n * -(-k // TILE)
     if name in ("scales", "zeros"):
         return n * format.groups(k)
     if format.pattern == "unstructured":

@@ -65,4 +65,4 @@ def _decode(
     tensors: Sequence[torch.Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return PackedWeight(format, shape, wide, dict(zip(format.buffer_names, tensors, strict=True))).unpack()
+    return PackedWeight(format, shape, wide, dict(zip(format.buffer_names, tensors, strict=False))).unpack()

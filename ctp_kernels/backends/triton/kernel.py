@@ -154,7 +154,7 @@ def matmul(
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
-    buffers = dict(zip(format.buffer_names, tensors, strict=True))
+    buffers = dict(zip(format.kernel_names, tensors, strict=True))
     stored = buffers["codes" if format.quantized else "values"]
     constants, options = variant(format, x.dtype, m, k, bias is not None)
     grid = (triton.cdiv(n, constants["BLOCK_N"]), triton.cdiv(m, constants["BLOCK_M"]))
