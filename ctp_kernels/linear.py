@@ -42,7 +42,9 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as a PackedWeight that shares this layer's buffers."""
         buffers = {name: self.get_buffer(name) for name in self.format.buffer_names}
-        return PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, buffers, self._buffers.get("tile_offsets"))
+        return PackedWeight(
+            self.format, (self.out_features, self.in_features), self.dtype, buffers, self._buffers.get("tile_offsets")
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = [self._buffers[name] for name in self.format.kernel_names]

@@ -279,7 +279,7 @@ def int8_matmul(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None
 )
 @pytest.mark.parametrize("name", INT8)
 def test_int8_activations(name: str, m: int, shape: tuple[int, int]) -> None:
-    """As near to the product of the rounded activations as fp32 sums allow, and no further from the exact one than ctp.h
+    """As near to the product of the rounded activations as fp32 sums allow, no further from the exact one than ctp.h
     says."""
     (n, k), (packed, weight) = shape, packed_weight(name, shape)
     x, bias = random(m, k, dtype=torch.float32), random(n, dtype=torch.float32)

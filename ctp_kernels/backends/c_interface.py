@@ -33,7 +33,10 @@ class Weight(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "k")),
         *((name, ctypes.c_int32) for name in ("pattern", "values", "scale_dtype", "symmetric")),
         ("group", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("stored", "stored_hi", "mask", "row_offsets", "tile_offsets", "scales", "zeros")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("stored", "stored_hi", "mask", "row_offsets", "tile_offsets", "scales", "zeros")
+        ),
     )
 
 
