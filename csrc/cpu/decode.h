@@ -53,6 +53,12 @@ inline void sparse_run(const Weight& w, int64_t later, const G& grid, const uint
   if (k < end) step(k, W > 8 && end - k > 8 ? whole() : *bytes, 0);  // bits past K are zero
 }
 
+// The sink that keeps what is decoded: input k at out[k].
+struct Store {
+  float* out;
+  void operator()(int64_t k, vf v, int) const { store(out + k, v); }
+};
+
 // Floats of spare room that decode needs for `inputs` inputs.
 inline int64_t spare_floats(int64_t inputs) { return inputs + 4 * W; }
 

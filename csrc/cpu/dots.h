@@ -8,11 +8,6 @@ namespace {
 constexpr int64_t kDotChunk = 512;             // inputs: four decoded rows and the rows of x stay in L1
 constexpr int64_t kDotStride = kDotChunk + W;  // a group's last lanes may be stored past the chunk
 
-struct Store {
-  float* out;
-  void operator()(int64_t k, vf v, int) const { store(out + k, v); }
-};
-
 #if defined(__AVX512VBMI2__)
 
 // Whether 64 inputs share a grid.

@@ -6,6 +6,7 @@
 // Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
 #include "int8.h"
+#include "skip.h"
 
 namespace {
 
@@ -30,6 +31,9 @@ struct Decoder {
   int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, float* out);
   // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W
   float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
+  // the list of W[row, k0 .. k1): lists.h
+  int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, int64_t pitch,
+                  List& list);
   Start start;
   // dots[i]: sums[m * 4 + r] = sum over k of W[row + r, k] x[m, k], for 2^i rows of x, ldx apart
   void (*reorder)(const Weight&, float* x);
@@ -55,12 +59,14 @@ struct Composed {
   static constexpr Decoder kDecoder = {
       decode_row,
       dot_row,
+      list_row<Pattern, Values>,
       Pattern::start,
       reorder_row<Pattern, Values>,
       {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>, dots<Pattern, Values, 8>},
       codes_of<Pattern, Values>()};
 #else
-  static constexpr Decoder kDecoder = {decode_row, dot_row, Pattern::start, nullptr, {}, codes_of<Pattern, Values>()};
+  static constexpr Decoder kDecoder = {decode_row, dot_row, list_row<Pattern, Values>,  Pattern::start,
+                                       nullptr,    {},      codes_of<Pattern, Values>()};
 #endif
 };
 
@@ -283,9 +289,9 @@ int run(const Job& job, int threads) {
   const Weight& w = job.weight;
   const Decoder& decoder = decoder_of(w);
   if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder.codes, decoder.start, threads);
-  const bool dot = !job.transposed && job.m <= kDotLimit;
-  const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
+  const bool skip = skips(job) && all_finite(job, threads), dot = !skip && !job.transposed && job.m <= kDotLimit;
+  const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
   const int64_t across = least(threads, units);
   const int64_t down = dot ? 1 : least(threads / across, (job.m + 63) / 64);
@@ -295,12 +301,15 @@ int run(const Job& job, int threads) {
     const int64_t i = p / across, j = p % across;
     const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
                        least(units * (j + 1) / across * unit, job.columns())};
-    float* memory = scratch((size_t)(dot ? dot_floats(job) : panel_floats(part.row1 - part.row0)));
+    const int64_t rows = part.row1 - part.row0;
+    float* memory = scratch((size_t)(dot ? dot_floats(job) : skip ? skip_floats(rows) : panel_floats(rows)));
     if (!memory) {
 #pragma omp atomic write
       status = CTP_OUT_OF_MEMORY;
     } else if (dot) {
       dot_part(job, decoder, part, memory);
+    } else if (skip) {
+      skip_part(job, decoder, part, memory);
     } else {
       panel_part(job, decoder, part, memory);
     }

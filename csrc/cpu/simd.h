@@ -1,26 +1,34 @@
 // Vectors of W lanes of fp32 for the instruction set that this unit is compiled for. Each of the three headers
 // defines, in an anonymous namespace:
 //
-//   vf, W                                 the vector and its lanes (8 or 16)
-//   kRows, kVectors                       the register tile of the panel kernel: kRows x (kVectors * W)
-//   kDotRows                              rows of x in the register tile of the dot kernel (by 4 rows of weight)
-//   kDotLimit                             rows of x up to which the dot kernel beats the panel kernel (measured at
-//                                         K = 2048 and 8192: int4, fp32, 50 % bf16; Ice Lake)
-//   load store zero set1 add fma sum      as named; fma(a, b, c) = a * b + c
-//   sum4(a, b, c, d, out)                 out[0..3] += the four sums
-//   first(v, count)                       lanes below count, zeros above
-//   expand(v, bits)                       lane i takes the next lane of v where bit i is set, zero where it is not
-//   keep(v, bits)                         lane i of v where bit i is set, zero where it is not
+// clang-format off
+//   vf, W                                    the vector and its lanes (8 or 16)
+//   kRows, kVectors                          the register tile of the panel kernel: kRows x (kVectors * W)
+//   kDotRows                                 rows of x in the register tile of the dot kernel (by 4 rows of weight)
+//   kDotLimit                                rows of x up to which the dot kernel beats the panel kernel (measured at
+//                                            K = 2048 and 8192: int4, fp32, 50 % bf16; Ice Lake)
+//   kSkipVectors, kSkipFours                 vectors of rows in a slice of skip.h; up to how many of them take four sums
+//   load store zero set1 add mul fma sum     as named; fma(a, b, c) = a * b + c
+//   sum4(a, b, c, d, out)                    out[0..3] += the four sums
+//   first(v, count)                          lanes below count, zeros above
+//   expand(v, bits)                          lane i takes the next lane of v where bit i is set, zero where it is not
+//   keep(v, bits)                            lane i of v where bit i is set, zero where it is not
+//   compress(v, k, pitch, values, places)    appends the lanes that are not zero, and (k + lane) * pitch; how many.
+//                                            Writes W of each.
+//   places64(mask, k, pitch, places)         (k + i) * pitch for each set bit i; how many. Writes 64 + W at most.
 //   from_fp32<S> from_fp16<S> from_bf16<S>   widen S elements, S = 8 or W, reading no more than them
-//   to_fp16 to_bf16                       round to nearest even and store W elements
-//   half(bits)                            one fp16 number
+//   to_fp16 to_bf16                          round to nearest even and store W elements
+//   half(bits)                               one fp16 number
 //   codes8<S> codes4<S> codes2<S> codes3<S>  S codes, one a lane, as integer bits; lanes past S are undefined
-//   Grid<B>(scale, zero)(codes)           scale * (code - zero), rounded once
-//   vi, no_sums(), to_float(vi)           W sums of 32 bits, zeros, and as fp32
-//   load_bytes(p) repeat4(p)              4 W bytes; 4 bytes, W times
-//   dot4<B>(sums, codes, x)               lane i += the products of bytes 4 i .. 4 i + 3: B-bit codes by signed x
-//   expand_bytes(bytes, bits)             byte i takes the next byte where bit i is set, and anything where it is not
-//   transpose4(src, lds, dst, ldd)        4 columns of W rows: dst[j * ldd + i] = src[i * lds + j]
+//   Grid<B>(scale, zero)(codes)              scale * (code - zero), rounded once
+//   vi, no_sums(), to_float(vi)              W sums of 32 bits, zeros, and as fp32
+//   spread(p, index)                         lane i = p[index[i]]; reads p[0 .. W)
+//   nibbles(p)                               4 W half bytes, one a byte, low ones first
+//   load_bytes(p) repeat4(p)                 4 W bytes; 4 bytes, W times
+//   dot4<B>(sums, codes, x)                  lane i += the products of bytes 4 i .. 4 i + 3: B-bit codes by signed x
+//   expand_bytes(bytes, bits)                byte i takes the next byte where bit i is set, and anything where it is not
+//   transpose4(src, lds, dst, ldd)           4 columns of W rows: dst[j * ldd + i] = src[i * lds + j]
+// clang-format on
 #pragma once
 
 #include <stdint.h>

@@ -7,13 +7,15 @@ namespace {
 
 using vf = __m256;
 constexpr int W = 8;
-constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12;
+constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12, kSkipVectors = 6, kSkipFours = 3,
+              kScatterVectors = 4;
 
 inline vf load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 inline vf zero() { return _mm256_setzero_ps(); }
 inline vf set1(float v) { return _mm256_set1_ps(v); }
 inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline __m128 fold(vf v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
@@ -56,6 +58,38 @@ constexpr Ranks kRanks;
 inline vf expand(vf v, unsigned bits) {
   const __m128i ranks = _mm_loadl_epi64((const __m128i*)(kRanks.of + bits));
   return keep(_mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(ranks)), bits);
+}
+
+// For every byte of a bitmap, the lanes of its set bits, in order.
+struct SetLanes {
+  uint64_t of[256];
+  constexpr SetLanes() : of() {
+    for (unsigned bits = 0; bits < 256; ++bits)
+      for (int lane = 7; lane >= 0; --lane)
+        if (bits >> lane & 1) of[bits] = of[bits] << 8 | (uint64_t)lane;
+  }
+};
+constexpr SetLanes kSetLanes;
+
+inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+  const unsigned kept = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_NEQ_UQ));
+  const __m128i lanes = _mm_loadl_epi64((const __m128i*)(kSetLanes.of + kept));
+  store(values, _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(lanes)));
+  const __m128i at = _mm_add_epi16(_mm_cvtepu8_epi16(lanes), _mm_set1_epi16((short)k));
+  _mm_storeu_si128((__m128i*)places, _mm_mullo_epi16(at, _mm_set1_epi16((short)pitch)));
+  return __builtin_popcount(kept);
+}
+
+inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+  int count = 0;
+  for (int64_t k = step; k < step + 64; k += 8, mask >>= 8) {
+    const unsigned bits = mask & 0xff;
+    const __m128i at = _mm_add_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(kSetLanes.of + bits))),
+                                     _mm_set1_epi16((short)k));
+    _mm_storeu_si128((__m128i*)(places + count), _mm_mullo_epi16(at, _mm_set1_epi16((short)pitch)));
+    count += __builtin_popcount(bits);
+  }
+  return count;
 }
 
 template <int S>
@@ -140,6 +174,11 @@ inline vi dot4(vi sums, vi codes, vi x) {
   const __m256i even = _mm256_and_si256(u, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(u, 8);
   const __m256i s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
   return sums + (vi)_mm256_madd_epi16(even, s_even) + (vi)_mm256_madd_epi16(odd, s_odd);
+}
+inline vf spread(const float* p, vi index) { return _mm256_permutevar8x32_ps(load(p), (__m256i)index); }
+inline vi nibbles(const void* p) {
+  const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  return (vi)_mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
 }
 inline vf to_float(vi v) { return _mm256_cvtepi32_ps((__m256i)v); }
 inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {

@@ -7,13 +7,15 @@ namespace {
 
 using vf = __m512;
 constexpr int W = 16;
-constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24;
+constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kSkipVectors = 6, kSkipFours = 3,
+              kScatterVectors = 2;
 
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 inline vf zero() { return _mm512_setzero_ps(); }
 inline vf set1(float v) { return _mm512_set1_ps(v); }
 inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline __m128 fold(vf v) {
@@ -32,6 +34,33 @@ inline float sum(vf v) {
 inline vf keep(vf v, unsigned bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
 inline vf first(vf v, int count) { return keep(v, (1u << count) - 1); }
 inline vf expand(vf v, unsigned bits) { return _mm512_maskz_expand_ps((__mmask16)bits, v); }
+
+inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m256i lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256i at =
+      _mm256_mullo_epi16(_mm256_add_epi16(lanes, _mm256_set1_epi16((short)k)), _mm256_set1_epi16((short)pitch));
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, v));
+  _mm256_storeu_si256((__m256i*)places, _mm256_maskz_compress_epi16(kept, at));
+  return __builtin_popcount(kept);
+}
+
+inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+  alignas(64) static constexpr auto table = [] {
+    struct {
+      uint16_t at[64];
+    } t{};
+    for (int i = 0; i < 64; ++i) t.at[i] = (uint16_t)i;
+    return t;
+  }();
+  const __m512i from = _mm512_set1_epi16((short)(step * pitch)), by = _mm512_set1_epi16((short)pitch);
+  const __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_load_si512(table.at), by), from);
+  const __m512i high = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_load_si512(table.at + 32), by), from);
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi16((uint32_t)mask, low));
+  places += __builtin_popcount((uint32_t)mask);
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi16((uint32_t)(mask >> 32), high));
+  return __builtin_popcountll(mask);
+}
 
 template <int S>
 inline vf from_fp32(const float* p) {
@@ -141,6 +170,11 @@ inline vi repeat4(const void* p) { return (vi)_mm512_set1_epi32(peek<int32_t>(p)
 template <int kBits>
 inline vi dot4(vi sums, vi codes, vi x) {
   return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
+}
+inline vf spread(const float* p, vi index) { return _mm512_permutexvar_ps((__m512i)index, load(p)); }
+inline vi nibbles(const void* p) {
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  return (vi)_mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
 }
 inline vf to_float(vi v) { return _mm512_cvtepi32_ps((__m512i)v); }
 inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {

@@ -6,13 +6,15 @@ namespace {
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 constexpr int W = 8;
-constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32;
+constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32, kSkipVectors = 4, kSkipFours = 1,
+              kScatterVectors = 4;
 
 inline vf load(const float* p) { return peek<vf>(p); }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 inline vf zero() { return vf{}; }
 inline vf set1(float v) { return vf{v, v, v, v, v, v, v, v}; }
 inline vf add(vf a, vf b) { return a + b; }
+inline vf mul(vf a, vf b) { return a * b; }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 inline float sum(vf v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 inline void sum4(vf a, vf b, vf c, vf d, float* out) {
@@ -35,6 +37,22 @@ inline vf expand(vf v, unsigned bits) {
   for (int lane = 0, rank = 0; lane < 8; ++lane)
     if (bits >> lane & 1) out[lane] = v[rank++];
   return out;
+}
+
+inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+  int count = 0;
+  for (int lane = 0; lane < 8; ++lane)
+    if (v[lane] != 0) {
+      values[count] = v[lane];
+      places[count++] = (uint16_t)((k + lane) * pitch);
+    }
+  return count;
+}
+
+inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+  int count = 0;
+  for (; mask; mask &= mask - 1) places[count++] = (uint16_t)((step + __builtin_ctzll(mask)) * pitch);
+  return count;
 }
 
 inline float as_number(uint32_t bits) { return peek<float>(&bits); }
@@ -120,6 +138,16 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
 }
 
 inline vi no_sums() { return vi{}; }
+inline vf spread(const float* p, vi index) {
+  vf out = zero();
+  for (int lane = 0; lane < 8; ++lane) out[lane] = p[index[lane]];
+  return out;
+}
+inline vi nibbles(const void* p) {
+  uint8_t bytes[32];
+  for (int i = 0; i < 32; ++i) bytes[i] = (uint8_t)(((const uint8_t*)p)[i / 2] >> (i % 2 * 4) & 15);
+  return peek<vi>(bytes);
+}
 inline vi load_bytes(const void* p) { return peek<vi>(p); }
 inline vi repeat4(const void* p) { return vi{} + peek<int32_t>(p); }
 template <int kBits>

@@ -1,0 +1,221 @@
+// Many rows of x and a weight with zeros: only what is not zero is multiplied, which beats the dense arithmetic limit.
+//
+// Lanes are rows of x. A slice of x, some steps of the sum by up to kSkipVectors * W rows, is transposed into L1 as
+// xt[step][row]. For every column of y the non-zeros of these steps are listed; each value is broadcast and multiplied
+// with its step of the slice. No load serves two columns, so the slice has to lie in L1.
+//
+// dx sums over rows of W, so its lists are columns of W: made by transposing a decoded panel, which pays from more rows
+// of x on. (Tried and lost: dx^T in L1, to which each entry of a row of W adds its product; 8 cycles an entry on
+// Zen 4.)
+//
+// A zero that is skipped would hide a NaN or an infinity of x: run() comes here with finite x only.
+#pragma once
+
+#include "lists.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t kSkipWidth = 256;  // columns of a panel
+constexpr int64_t kSkipBlock = 384;  // rows of x that share a panel
+constexpr int64_t kSkipStride = kSkipWidth + W;
+constexpr int64_t kSkipLeast = W;   // rows of x below which the other kernels are faster,
+constexpr double kSkipShare = 0.7;  // and share of stored entries above which they are (4096 x 4096, Zen 4)
+constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
+
+// c[0 .. kV W) += the list times xt. kChains sums for each vector hide the latency of an add.
+template <int kV, int kChains>
+void skip_tile(const List& list, const float* xt, float* c) {
+  vf acc[kV * kChains];
+#pragma GCC unroll 16
+  for (int j = 0; j < kV * kChains; ++j) acc[j] = zero();
+  for (int i = 0; i < list.count; i += kSkipPad) {
+    const uint64_t places = peek<uint64_t>(list.places + i);  // one load for four: loads are what limits this loop
+#pragma GCC unroll 4
+    for (int e = 0; e < kSkipPad; ++e) {
+      const vf value = set1(list.values[i + e]);
+      const float* x = (const float*)((const char*)xt + (places >> 16 * e & 0xffff));
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) {
+        vf& sum = acc[v * kChains + e % kChains];
+        sum = fma(value, load(x + v * W), sum);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kV; ++v) {
+    vf sum = add(acc[v * kChains], acc[v * kChains + 1]);
+    if constexpr (kChains == 4) sum = add(sum, add(acc[v * kChains + 2], acc[v * kChains + 3]));
+    store(c + v * W, add(load(c + v * W), sum));
+  }
+}
+
+using SkipTile = void (*)(const List&, const float*, float*);
+template <int kV>
+SkipTile skip_tile_of(int vectors, bool four) {
+  if constexpr (kV == 1)
+    return four ? skip_tile<1, 4> : skip_tile<1, 2>;
+  else if (vectors == kV)
+    return four && kV <= kSkipFours ? skip_tile < kV, kV <= kSkipFours ? 4 : 2 > : skip_tile<kV, 2>;
+  else
+    return skip_tile_of<kV - 1>(vectors, four);
+}
+
+// How a block of `rows` rows of x is cut.
+struct Slices {
+  int64_t vectors, count;  // vectors of rows; slices of nearly equal height
+  int64_t height;          // of the highest slice, in vectors
+  int64_t steps;           // of the sum that a slice holds
+  int64_t pitch;           // bytes from a step to the next
+  Slices(const Job& job, int64_t rows)
+      : vectors((rows + W - 1) / W),
+        count((vectors + kSkipVectors - 1) / kSkipVectors),
+        height((vectors + count - 1) / count),
+        steps(kSkipFloats / (height * W) / kSkipDepth * kSkipDepth),
+        pitch(height * W * 4) {
+    if (job.transposed) steps = least(steps, kSkipColumn);
+  }
+};
+
+int64_t skip_floats(int64_t rows) {
+  const int64_t block = round_up(least(rows, kSkipBlock), W);
+  return kSkipFloats + kSkipWidth * block + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost) +
+         kSkipColumn * kSkipStride + kSkipWidth * (kSkipColumn + W) + W * (kListMost + W) + spare_floats(kListMost);
+}
+
+// Memory of a thread.
+struct Skip {
+  float *slice, *c, *lists, *rows, *columns, *wide, *spare;
+  Skip(float* scratch, int64_t block)
+      : slice(scratch),
+        c(slice + kSkipFloats),
+        lists(c + kSkipWidth * block),
+        rows(lists + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost)),
+        columns(rows + kSkipColumn * kSkipStride),
+        wide(columns + kSkipWidth * (kSkipColumn + W)),
+        spare(wide + W * (kListMost + W)) {}
+};
+
+// slice[step][row] = x[row0 + row, k0 + step] for `vectors` W rows; zeros beyond `rows` and `depth`
+void transpose_rows(const Job& job, int64_t row0, int64_t rows, int64_t vectors, int64_t k0, int64_t depth,
+                    int64_t pitch, float* wide, float* slice) {
+  const int64_t stride = kListMost + W, there = round_up(depth, W);
+  for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t i = 0; i < W; ++i)
+      if (v * W + i < rows)
+        read_row(x_at(job, row0 + v * W + i, k0), job.dtype, depth, wide + i * stride);
+      else
+        memset(wide + i * stride, 0, sizeof(float) * (size_t)there);
+    for (int64_t k = 0; k < there; k += 4) transpose4(wide + k, stride, slice + k * pitch / 4 + v * W, pitch / 4);
+  }
+}
+
+// y[row0 .. row0 + rows, column0 .. column0 + columns) from its transpose; c's columns are `stride` apart
+void write_transposed(const Job& job, int64_t row0, int64_t rows, int64_t column0, int64_t columns, const float* c,
+                      int64_t stride) {
+  alignas(64) float out[W * W];
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < columns; j += W) {
+      for (int64_t r = 0; r < W; r += 4) transpose4(c + j * stride + i + r, stride, out + r * W, W);
+      for (int64_t r = 0; r < least(W, rows - i); ++r)
+        write_row(job, row0 + i + r, column0 + j, least(W, columns - j), out + r * W);
+    }
+}
+
+// Lists of columns k0 .. k0 + width - 1 of W, rows n0 .. n0 + depth - 1
+template <class Decoder>
+void list_columns(const Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t width,
+                  int64_t pitch, const Skip& memory, List* lists) {
+  const int64_t there = round_up(depth, kSkipDepth), stride = kSkipColumn + W;
+  for (int64_t r = 0; r < there; ++r)
+    if (r < depth)
+      decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), memory.spare,
+                     memory.rows + r * kSkipStride);
+    else
+      memset(memory.rows + r * kSkipStride, 0, sizeof(float) * kSkipStride);
+  for (int64_t r = 0; r < there; r += W)
+    for (int64_t c = 0; c < width; c += 4)
+      transpose4(memory.rows + r * kSkipStride + c, kSkipStride, memory.columns + c * stride + r, stride);
+  for (int64_t c = 0; c < width; ++c) {
+    lists[c].count = 0;
+    for (int64_t r = 0; r < there; r += kSkipDepth) append_dense(memory.columns + c * stride + r, r, pitch, lists[c]);
+    end_list(lists[c]);
+  }
+}
+
+template <class Decoder>
+void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
+  const Weight& w = job.weight;
+  const int64_t block = round_up(least(part.row1 - part.row0, kSkipBlock), W), depth = job.depth();
+  const Skip memory(scratch, block);
+  const bool four = job.m <= kSkipFours * W;  // whatever the threads
+  for (int64_t m0 = part.row0; m0 < part.row1; m0 += kSkipBlock)
+    for (int64_t c0 = part.column0; c0 < part.column1; c0 += kSkipWidth) {
+      const int64_t m = least(part.row1 - m0, kSkipBlock), width = least(part.column1 - c0, kSkipWidth);
+      const Slices slices(job, m);
+      // Few rows: lists are long, and used as soon as they are made. Otherwise, all lists of the panel are made first.
+      const bool at_once = slices.height <= kSkipVectors / 2 && !job.transposed;
+      List lists[kSkipWidth];
+      int64_t slots[kSkipWidth];
+      for (int64_t i = 0; i < width; ++i) {
+        lists[i] = at_once ? list_at(memory.lists, slices.steps)
+                           : list_at(memory.lists + i * list_floats(slices.steps), slices.steps);
+        if (!job.transposed) slots[i] = decoder.start(w, c0 + i, 0);
+      }
+      memset(memory.c, 0, sizeof(float) * (size_t)(width * block));
+      for (int64_t r0 = 0; r0 < depth; r0 += slices.steps) {
+        const int64_t length = least(depth - r0, slices.steps);
+        const auto list = [&](int64_t i) {
+          slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], memory.spare, slices.pitch, lists[i]);
+        };
+        if (job.transposed)
+          list_columns(w, decoder, r0, length, c0, width, slices.pitch, memory, lists);
+        else if (!at_once)
+          for (int64_t i = 0; i < width; ++i) list(i);
+        for (int64_t s = 0, first = 0; s < slices.count; ++s) {
+          const int64_t next = slices.vectors * (s + 1) / slices.count;
+          transpose_rows(job, m0 + first * W, m - first * W, next - first, r0, length, slices.pitch, memory.wide,
+                         memory.slice);
+          const SkipTile tile = skip_tile_of<kSkipVectors>((int)(next - first), four);
+          float* c = memory.c + first * W * width;  // of a slice (columns, its rows): in the order of use
+          for (int64_t i = 0; i < width; ++i, c += (next - first) * W) {
+            if (at_once) list(i);
+            tile(lists[i], memory.slice, c);
+          }
+          first = next;
+        }
+      }
+      for (int64_t s = 0, first = 0; s < slices.count; ++s) {
+        const int64_t next = slices.vectors * (s + 1) / slices.count;
+        write_transposed(job, m0 + first * W, least(m, next * W) - first * W, c0, width, memory.c + first * W * width,
+                         (next - first) * W);
+        first = next;
+      }
+    }
+}
+
+// Whether every element of x is a number.
+bool all_finite(const Job& job, int threads) {
+  int found = 0;
+  const int64_t depth = job.depth();
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : found) if (threads > 1)
+  for (int64_t i = 0; i < job.m; ++i) {
+    vf poison = zero();  // x * 0 is NaN where x is not finite
+    int64_t k = 0;
+    const int64_t step = W * size_of(job.dtype);
+    const char* p = (const char*)x_at(job, i, 0);
+    for (; k + W <= depth; k += W, p += step) poison = fma(widen(p, job.dtype), zero(), poison);
+    if (k < depth) poison = fma(widen_some(p, job.dtype, depth - k), zero(), poison);
+    found |= sum(poison) != 0;
+  }
+  return !found;
+}
+
+// Whether few enough entries of W are stored, and rows of x enough, for zeros to be worth skipping.
+inline bool skips(const Job& job) {
+  const Weight& w = job.weight;
+  if (w.pattern == CTP_DENSE || job.m < kSkipLeast) return false;
+  return w.pattern == CTP_SPARSE24 || (double)w.row_offsets[w.n] * 8 < kSkipShare * (double)w.n * (double)w.k;
+}
+
+}  // namespace
