@@ -19,8 +19,6 @@ namespace {
 constexpr int64_t kSkipWidth = 256;  // columns of a panel
 constexpr int64_t kSkipBlock = 384;  // rows of x that share a panel
 constexpr int64_t kSkipStride = kSkipWidth + W;
-constexpr int64_t kSkipLeast = W;   // rows of x below which the other kernels are faster,
-constexpr double kSkipShare = 0.7;  // and share of stored entries above which they are (4096 x 4096, Zen 4)
 constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
 
 // c[0 .. kV W) += the list times xt. kChains sums for each vector hide the latency of an add.
@@ -211,11 +209,17 @@ bool all_finite(const Job& job, int threads) {
   return !found;
 }
 
-// Whether few enough entries of W are stored, and rows of x enough, for zeros to be worth skipping.
+// Whether few enough entries of W are stored, and rows of x enough, for zeros to be worth skipping: where this crossed
+// the other kernels at 4096 x 4096 (Zen 4, AVX-512 and AVX2).
 inline bool skips(const Job& job) {
   const Weight& w = job.weight;
-  if (w.pattern == CTP_DENSE || job.m < kSkipLeast) return false;
-  return w.pattern == CTP_SPARSE24 || (double)w.row_offsets[w.n] * 8 < kSkipShare * (double)w.n * (double)w.k;
+  if (w.pattern == CTP_DENSE) return false;
+  const double entries = (double)w.n * (double)w.k;
+  const double share = w.pattern == CTP_SPARSE24 ? 0.5 : (double)w.row_offsets[w.n] * 8 / entries;
+  if (share > 0.6) return false;
+  const bool few = share < 0.35;
+  if (job.transposed) return job.m >= (few ? 48 : 96);
+  return job.m > kDotLimit || (few && job.m >= 12);
 }
 
 }  // namespace
