@@ -1,4 +1,4 @@
-"""The CPU kernels beside other libraries', in one interleaved run: pip install -e ".[bench,peers]".
+"""The CPU kernels beside other libraries', in one interleaved run: pip install -e ".[bench,peers]" (and, compiled for minutes, ".[ggml]").
 
 A peer that is not installed is skipped with its name. Each peer computes the same product from the same codes (or
 zeros), and is checked against it before it is timed; those that quantise activations, or round them to bf16, or use a
@@ -7,8 +7,13 @@ grid of their own, within a wider tolerance.
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import itertools
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,10 +103,97 @@ def torch_csr(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
     return [lambda x, w=w: (w @ x.T).T for w in weights]
 
 
+def ggml(packed: PackedWeight, dense: torch.Tensor) -> list[Call]:
+    """ggml's Q4_0 (blocks of 32, its own grid) in its repacked layout, activations in 8 bits, from llama-cpp-python's
+    libraries; a call copies x in and y out."""
+    lib = _ggml_libraries()
+    weights = []
+    for _ in range(4):
+        context = lib.ggml_init(_GgmlParams(lib.ggml_tensor_overhead() * 2, None, True))
+        weight = lib.ggml_new_tensor_2d(context, 2, K, N)
+        size = lib.ggml_row_size(2, K) * N
+        blocks = ctypes.create_string_buffer(size)
+        lib.ggml_quantize_chunk(2, dense.contiguous().data_ptr(), blocks, 0, N, K, None)
+        assert lib.ggml_backend_alloc_ctx_tensors_from_buft(context, lib.repacked)
+        lib.ggml_backend_tensor_set(weight, blocks, 0, size)
+        weights.append(weight)
+    backend = lib.ggml_backend_cpu_init()
+    lib.ggml_backend_cpu_set_n_threads(backend, torch.get_num_threads())
+
+    @lru_cache
+    def graph(weight: int, rows: int) -> tuple[int, int, int]:
+        overhead = lib.ggml_tensor_overhead() * 4 + lib.ggml_graph_overhead()
+        context = lib.ggml_init(_GgmlParams(overhead, None, True))
+        x = lib.ggml_new_tensor_2d(context, 0, K, rows)
+        y = lib.ggml_mul_mat(context, weight, x)
+        steps = lib.ggml_new_graph(context)
+        lib.ggml_build_forward_expand(steps, y)
+        assert lib.ggml_backend_alloc_ctx_tensors(context, backend)
+        return x, y, steps
+
+    def run(weight: int, x: torch.Tensor) -> torch.Tensor:
+        x_in, y_out, steps = graph(weight, len(x))
+        y = torch.empty(len(x), N)
+        lib.ggml_backend_tensor_set(x_in, x.data_ptr(), 0, x.nbytes)
+        assert lib.ggml_backend_graph_compute(backend, steps) == 0
+        lib.ggml_backend_tensor_get(y_out, y.data_ptr(), 0, y.nbytes)
+        return y
+
+    return [lambda x, w=w: run(w, x) for w in weights]
+
+
+class _GgmlParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@lru_cache(maxsize=1)
+def _ggml_libraries():
+    """ggml's functions, and `repacked`: the buffer type that lays weights out for its fastest CPU kernels."""
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("could not import 'llama_cpp': no ggml to compare with")
+    folder = Path(found.submodule_search_locations[0]) / "lib"
+    base, cpu = (ctypes.CDLL(str(folder / f"lib{n}.so"), mode=ctypes.RTLD_GLOBAL) for n in ("ggml-base", "ggml-cpu"))
+    p, size, i32, i64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
+    lib = SimpleNamespace()
+    for library, name, returns, takes in (
+        (base, "ggml_init", p, [_GgmlParams]),
+        (base, "ggml_tensor_overhead", size, []),
+        (base, "ggml_graph_overhead", size, []),
+        (base, "ggml_row_size", size, [i32, i64]),
+        (base, "ggml_new_tensor_2d", p, [p, i32, i64, i64]),
+        (base, "ggml_quantize_chunk", size, [i32, p, p, i64, i64, i64, p]),
+        (base, "ggml_mul_mat", p, [p, p, p]),
+        (base, "ggml_new_graph", p, [p]),
+        (base, "ggml_build_forward_expand", None, [p, p]),
+        (base, "ggml_backend_alloc_ctx_tensors", p, [p, p]),
+        (base, "ggml_backend_alloc_ctx_tensors_from_buft", p, [p, p]),
+        (base, "ggml_backend_tensor_set", None, [p, p, size, size]),
+        (base, "ggml_backend_tensor_get", None, [p, p, size, size]),
+        (base, "ggml_backend_graph_compute", i32, [p, p]),
+        (base, "ggml_backend_reg_get_proc_address", p, [p, ctypes.c_char_p]),
+        (base, "ggml_backend_reg_dev_get", p, [p, size]),
+        (base, "ggml_backend_buft_name", ctypes.c_char_p, [p]),
+        (cpu, "ggml_backend_cpu_init", p, []),
+        (cpu, "ggml_backend_cpu_set_n_threads", None, [p, i32]),
+        (cpu, "ggml_backend_cpu_reg", p, []),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = returns, takes
+        setattr(lib, name, function)
+    registry = lib.ggml_backend_cpu_reg()
+    address = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    extra = ctypes.CFUNCTYPE(ctypes.POINTER(p), p)(address)(lib.ggml_backend_reg_dev_get(registry, 0))
+    kinds = list(itertools.takewhile(bool, (extra[i] for i in range(16))))
+    lib.repacked = next(kind for kind in kinds if b"REPACK" in lib.ggml_backend_buft_name(kind))
+    return lib
+
+
 #: name -> (contender, format, zeros, relative error allowed[, compute: ours])
 PEERS = {
     "onnxruntime exact": (lambda p, d: onnxruntime(p, d, 1), "int4", 0.0, 1e-4),
     "onnxruntime int8 activations": (lambda p, d: onnxruntime(p, d, 4), "int4", 0.0, 2e-2, "int8"),
+    "ggml Q4_0": (ggml, "int4", 0.0, 0.2, "int8"),
     "torch int4": (torch_int4, "int4", 0.0, 1e-2),
     "torch dynamic int8": (torch_dynamic_int8, "int4", 0.0, 5e-2, "int8"),
     "bitsandbytes fp4": (bitsandbytes, "int4", 0.0, 0.3),
