@@ -82,5 +82,11 @@ def _processor() -> str:
     if info.exists():
         found = re.search(r"model name\s*:\s*(.+)", info.read_text())
         if found:
-            return re.sub(r"\((R|TM)\)", "", found[1]).strip()
+            name = re.sub(r"\((R|TM)\)", "", found[1]).strip()
+            numbers = re.findall(r"(?:cpu family|model)\s*:\s*(\d+)", info.read_text())
+            if (
+                not re.search(r"\d", name) and len(numbers) >= 2
+            ):  # a virtual machine that keeps to itself which one it is
+                name += f" family {numbers[0]} model {numbers[1]}"
+            return name
     return platform.processor() or platform.machine()

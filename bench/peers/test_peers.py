@@ -1,4 +1,5 @@
-"""The CPU kernels beside other libraries', in one interleaved run: pip install -e ".[bench,peers]" (and, compiled for minutes, ".[ggml]").
+"""The CPU kernels beside other libraries', in one interleaved run: pip install -e ".[bench,peers,ggml]" (ggml compiles
+for minutes).
 
 A peer that is not installed is skipped with its name. Each peer computes the same product from the same codes (or
 zeros), and is checked against it before it is timed; those that quantise activations, or round them to bf16, or use a
