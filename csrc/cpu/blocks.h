@@ -159,6 +159,7 @@ struct Blocks {
     held.mask = ~0ull;
     if constexpr (Pattern::kSparse) {
       held.mask = peek<uint64_t>(mask);
+      __builtin_prefetch(mask + (ahead >> 3));
       mask += 8;
     }
     Values::ahead(w, slot + ahead);

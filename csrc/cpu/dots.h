@@ -73,7 +73,7 @@ void dot_rows(const Weight& w, int64_t row0, const float* x, int64_t ldx, float*
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       Store sink{out - k};
-      blocks[r].slot = decode<Pattern, Values>(w, rows[r], k, end, blocks[r].slot, spare, sink);
+      blocks[r].slot = decode<Pattern, Values>(w, rows[r], k, end, blocks[r].slot, kAhead, spare, sink);
       for (int64_t at = k; at < end; at += W)
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m)

@@ -65,7 +65,7 @@ int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t s
     const int64_t end = least(k + kSkipDepth, k1);
     alignas(64) float dense[kSkipDepth + W];
     Store sink{dense - k};
-    slot = decode<Pattern, Values>(w, row, k, end, slot, spare, sink);
+    slot = decode<Pattern, Values>(w, row, k, end, slot, kSkipDepth, spare, sink);
     for (int64_t i = round_up(end - k, W); i < kSkipDepth; i += W) store(dense + i, zero());
     append_dense(dense, k - k0, pitch, list);
   }

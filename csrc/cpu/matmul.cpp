@@ -28,7 +28,8 @@ struct Dot {
 
 struct Decoder {
   // out[0 .. k1 - k0) = W[row, k0 .. k1), then zeros up to a multiple of W
-  int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, float* out);
+  int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* spare,
+                    float* out);
   // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W
   float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
   // the list of W[row, k0 .. k1): lists.h
@@ -43,16 +44,16 @@ struct Decoder {
 
 template <class Pattern, class Values>
 struct Composed {
-  static int64_t decode_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare,
-                            float* out) {
+  static int64_t decode_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
+                            float* spare, float* out) {
     Store sink{out - k0};
-    return decode<Pattern, Values>(w, row, k0, k1, slot, spare, sink);
+    return decode<Pattern, Values>(w, row, k0, k1, slot, ahead, spare, sink);
   }
   static float dot_row(const Weight& w, int64_t row, const float* x, float* spare) {
     Dot sink{x, {zero(), zero(), zero(), zero()}};
     int64_t slot = Pattern::start(w, row, 0);
     for (int64_t k = 0; k < w.k; k += kRowChunk)
-      slot = decode<Pattern, Values>(w, row, k, least(k + kRowChunk, w.k), slot, spare, sink);
+      slot = decode<Pattern, Values>(w, row, k, least(k + kRowChunk, w.k), slot, kAhead, spare, sink);
     return sum(add(add(sink.sums[0], sink.sums[1]), add(sink.sums[2], sink.sums[3])));
   }
 #if defined(__AVX512VBMI2__)
@@ -169,7 +170,7 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
     for (int64_t k = 0; k < w.k; k += kDotChunk) {
       const int64_t end = least(k + kDotChunk, w.k), length = round_up(end - k, W);
       for (int j = 0; j < count; ++j)
-        slots[j] = decoder.decode(w, n + j, k, end, slots[j], spare, rows + j * kDotStride);
+        slots[j] = decoder.decode(w, n + j, k, end, slots[j], kAhead, spare, rows + j * kDotStride);
       int64_t i = 0;
       for (; i + kDotRows <= job.m; i += kDotRows)
         dot_tile<kDotRows>(x + i * padded + k, padded, rows, length, sums + 4 * i);
@@ -226,7 +227,7 @@ void fill_forward(const Weight& w, const Decoder& decoder, int64_t k0, int64_t d
     for (int64_t i = 0; i < W; ++i) {
       float* row = rows + i * kStride;
       if (c + i < width)
-        slots[c + i] = decoder.decode(w, n0 + c + i, k0, k0 + depth, slots[c + i], spare, row);
+        slots[c + i] = decoder.decode(w, n0 + c + i, k0, k0 + depth, slots[c + i], kDepth, spare, row);
       else
         memset(row, 0, sizeof(float) * kStride);
     }
@@ -241,7 +242,7 @@ void fill_backward(const Weight& w, const Decoder& decoder, int64_t n0, int64_t 
                    float* row, float* spare, float* panel) {
   memset(row, 0, sizeof(float) * kWidth);
   for (int64_t r = 0; r < depth; ++r) {
-    decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), spare, row);
+    decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k, spare, row);
     for (int64_t c = 0; c < width; c += kTile)
       for (int64_t v = 0; v < kTile; v += W) store(panel + c * kDepth + r * kTile + v, load(row + c + v));
   }
@@ -280,6 +281,45 @@ void panel_part(const Job& job, const Decoder& decoder, const Part& part, float*
     }
 }
 
+// ---- Rows in between: the panel is of x ---------------------------------------------------------------------------
+
+// Up to kWidth rows of x: they are fewer than the rows of W, so it is they that are transposed into the panel, and W is
+// decoded as it lies. c is y transposed. (Above, a panel of W serves rows enough to pay for its transpose.)
+int64_t turned_floats() { return kRows * kStride + 2 * kDepth * kWidth + W * kStride + spare_floats(kDepth); }
+
+void turned_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
+  const Weight& w = job.weight;
+  const int64_t m = part.row1 - part.row0;
+  float *a = scratch, *panel = a + kRows * kStride, *c = panel + kDepth * kWidth;
+  float *rows = c + kWidth * kDepth, *spare = rows + W * kStride;
+  for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
+    const int64_t width = least(part.column1 - c0, kWidth), strips = (width + kRows - 1) / kRows;
+    int64_t slots[kWidth];
+    for (int64_t i = 0; i < width; ++i) slots[i] = decoder.start(w, c0 + i, 0);
+    memset(c, 0, sizeof(float) * (size_t)(width * kWidth));
+    for (int64_t r0 = 0; r0 < w.k; r0 += kDepth) {
+      const int64_t length = least(w.k - r0, kDepth);
+      for (int64_t i = 0; i < m; i += W) {  // panel[t][r][row]
+        for (int64_t j = 0; j < W; ++j)
+          if (i + j < m)
+            read_row(x_at(job, part.row0 + i + j, r0), job.dtype, length, rows + j * kStride);
+          else
+            memset(rows + j * kStride, 0, sizeof(float) * kStride);
+        float* out = panel + i / kTile * kTile * kDepth + i % kTile;
+        for (int64_t r = 0; r < length; r += 4) transpose4(rows + r, kStride, out + r * kTile, kTile);
+      }
+      for (int64_t s = 0; s < strips; ++s) {
+        const int64_t n = width * s / strips, height = width * (s + 1) / strips - n;
+        for (int64_t i = 0; i < height; ++i)
+          slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, spare, a + i * kStride);
+        for (int64_t t = 0; t < m; t += kTile)
+          panel_tile_of<kRows>((int)height)(a, panel + t * kDepth, length, c + n * kWidth + t);
+      }
+    }
+    write_transposed(job, part.row0, m, c0, width, c, kWidth);
+  }
+}
+
 }  // namespace
 
 namespace ctp {
@@ -291,6 +331,7 @@ int run(const Job& job, int threads) {
   if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder.codes, decoder.start, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
   const bool skip = skips(job) && all_finite(job, threads), dot = !skip && !job.transposed && job.m <= kDotLimit;
+  const bool turned = !skip && !dot && !job.transposed && job.m <= kWidth;
   const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
   const int64_t across = least(threads, units);
@@ -302,12 +343,17 @@ int run(const Job& job, int threads) {
     const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
                        least(units * (j + 1) / across * unit, job.columns())};
     const int64_t rows = part.row1 - part.row0;
-    float* memory = scratch((size_t)(dot ? dot_floats(job) : skip ? skip_floats(rows) : panel_floats(rows)));
+    float* memory = scratch((size_t)(dot      ? dot_floats(job)
+                                     : skip   ? skip_floats(rows)
+                                     : turned ? turned_floats()
+                                              : panel_floats(rows)));
     if (!memory) {
 #pragma omp atomic write
       status = CTP_OUT_OF_MEMORY;
     } else if (dot) {
       dot_part(job, decoder, part, memory);
+    } else if (turned) {
+      turned_part(job, decoder, part, memory);
     } else if (skip) {
       skip_part(job, decoder, part, memory);
     } else {

@@ -49,6 +49,7 @@ struct Unstructured {
   }
 };
 
-constexpr int64_t kAhead = 4096;  // entries; 2 KB of int4 (tried: 512 B to 4 KB, on Ice Lake)
+constexpr int64_t kRowsAhead = 8;  // rows of W, where a panel goes down its rows
+constexpr int64_t kAhead = 4096;   // entries; 2 KB of int4 (tried: 512 B to 4 KB, on Ice Lake)
 
 }  // namespace

@@ -127,7 +127,7 @@ void list_columns(const Weight& w, const Decoder& decoder, int64_t n0, int64_t d
   const int64_t there = round_up(depth, kSkipDepth), stride = kSkipColumn + W;
   for (int64_t r = 0; r < there; ++r)
     if (r < depth)
-      decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), memory.spare,
+      decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k, memory.spare,
                      memory.rows + r * kSkipStride);
     else
       memset(memory.rows + r * kSkipStride, 0, sizeof(float) * kSkipStride);
@@ -218,7 +218,7 @@ inline bool skips(const Job& job) {
   const double share = w.pattern == CTP_SPARSE24 ? 0.5 : (double)w.row_offsets[w.n] * 8 / entries;
   if (share > 0.6) return false;
   const bool few = share < 0.35;
-  if (job.transposed) return job.m >= (few ? 48 : 96);
+  if (job.transposed) return job.m >= (few ? 48 : 128);
   return job.m > kDotLimit || (few && job.m >= 12);
 }
 
