@@ -14,7 +14,7 @@ constexpr int64_t kInt8Chunk = 512;  // inputs of a panel: kTile x kInt8Chunk by
 constexpr int64_t kInt8Width = 256;  // columns of a panel
 constexpr int64_t kInt8Block = 256;  // rows of x that share a panel
 constexpr int64_t kInt8Stride = kInt8Chunk + 64;
-constexpr int64_t kInt8DotLimit = 4, kFieldLimit = 16;
+constexpr int64_t kInt8DotLimit = 4, kFieldLimit = W == 16 ? 8 : 16;
 
 // ---- Few rows -----------------------------------------------------------------------------------------------------
 

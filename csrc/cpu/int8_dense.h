@@ -62,7 +62,8 @@ void field_dots(const Weight& w, const Quantized& x, int64_t m0, int64_t blocks,
       vi codes[F::kFields];
       const int64_t slot = slots[r] + b * F::kBlock;
       block_codes<kBits>(w, slot, codes);
-      __builtin_prefetch((const char*)w.stored + (slot + ahead) / F::kFields);
+      __builtin_prefetch((const char*)w.stored + (slot + ahead) / F::kFields, 0,
+                         0);  // read once: no cache need keep it
       if constexpr (kBits == 3) __builtin_prefetch((const char*)w.stored_hi + ((slot + ahead) >> 3));
       const vf scale = several ? spread(scales + r * x.padded + s, lanes) : set1(scales[r * x.padded + s]);
 #pragma GCC unroll 8
