@@ -1,33 +1,199 @@
-"""Pattern decoders: which slots a tile of inputs takes. A new pattern is one branch more here."""
+"""Pattern decoders: which slots a tile of inputs takes, and what they are worth. A new pattern is a branch more here.
+
+A tile is inputs BLOCK_K * t .. BLOCK_K * (t + 1) - 1 of R rows. All patterns and all kinds of value end in
+`unscaled_tile` (code - zero, or the number; pruned entries exactly 0) and `group_scales`; `dense_tile` is their product.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .values import slot_run
+from .values import slot_gather, slot_run
 
-#: The patterns that `stored_tile` decodes.
-PATTERNS = ("dense",)
+#: Inputs between two entries of `tile_offsets`: the tile of the unstructured pattern.
+UNSTRUCTURED_TILE = tl.constexpr(128)
 
 
 @triton.jit
-def stored_tile(
+def _interleave4(a, b, c, d):
+    """(R, 4 C) from four (R, C): a0 b0 c0 d0 a1 ..."""
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def popcount(v):
+    """Set bits of uint32; LLVM knows this idiom, and makes one `popc` of it."""
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    return (v * 0x01010101) >> 24
+
+
+@triton.jit
+def _mask_word(mask, rows, word, K: tl.constexpr):
+    """uint32 (R,): bits 32 * word .. of each row's bitmap, 0 beyond the row."""
+    ROW_BYTES: tl.constexpr = (K + 7) // 8
+    if ROW_BYTES % 4 == 0:  # every row starts on a word
+        words = mask.to(tl.pointer_type(tl.uint32), bitcast=True) + rows * (ROW_BYTES // 4) + word
+        if ROW_BYTES % 16 == 0:
+            return tl.load(words)
+        else:
+            return tl.load(words, mask=rows * 0 + word < ROW_BYTES // 4, other=0)
+    else:
+        bits = tl.zeros_like(rows).to(tl.uint32)
+        for i in tl.static_range(4):
+            byte = 4 * word + i
+            piece = tl.load(mask + rows * ROW_BYTES + byte, mask=rows * 0 + byte < ROW_BYTES, other=0)
+            bits = bits | (piece.to(tl.uint32) << (8 * i))
+        return bits
+
+
+@triton.jit
+def _unstructured_slots(mask, row_offsets, tile_offsets, rows, t, N, K: tl.constexpr):
+    """int64 (R, 128) slots and bool (R, 128) `kept` of tile t: an entry lies as many slots behind the tile's first
+    as there are bits before it. A lane looks at one word of 32 bits; words before it count as a whole."""
+    first = tl.load(row_offsets + rows).to(tl.int64) * 8 + tl.load(tile_offsets + t * N + rows)
+    k = tl.arange(0, UNSTRUCTURED_TILE)
+    below = ((1 << (k % 32).to(tl.uint32)) - 1).to(tl.uint32)[None, :]
+    word = _mask_word(mask, rows, 4 * t, K)
+    before = popcount(word)
+    words = word[:, None]
+    starts = first[:, None]
+    for i in tl.static_range(1, 4):
+        here = (k // 32 == i)[None, :]
+        word = _mask_word(mask, rows, 4 * t + i, K)
+        words = tl.where(here, word[:, None], words)
+        starts = tl.where(here, (first + before)[:, None], starts)
+        before += popcount(word)
+    kept = ((words >> (k % 32).to(tl.uint32)[None, :]) & 1) != 0
+    return starts + popcount(words & below), kept
+
+
+@triton.jit
+def _sparse24_tile(slots, mask, rows, t, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(R, BLOCK_K) and bool `kept`, from the (R, BLOCK_K / 2) `slots`: a quad's two slots go to its two set bits."""
+    ROW_BYTES: tl.constexpr = (K + 7) // 8
+    byte = t * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    pointers = mask + rows[:, None] * ROW_BYTES + byte[None, :]
+    if ROW_BYTES % (BLOCK_K // 8) != 0:
+        bits = tl.load(pointers, mask=(byte < ROW_BYTES)[None, :], other=0)
+    else:
+        bits = tl.load(pointers)
+    quads = tl.interleave(bits & 15, bits >> 4)
+    first, second = tl.split(tl.reshape(slots, (slots.shape[0], BLOCK_K // 4, 2)))
+    # Bit 0 can only be a quad's first entry, bit 3 only its second.
+    one = tl.where((quads & 1) != 0, second, first)
+    two = tl.where((quads & 3) != 0, second, first)
+    kept = _interleave4(quads & 1, quads & 2, quads & 4, quads & 8) != 0
+    return _interleave4(first, one, two, second), kept
+
+
+@triton.jit
+def _group_of(t, GROUP: tl.constexpr, GROUPS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int32 (BLOCK_K / SEGMENT,): the group of every SEGMENT inputs of tile t."""
+    segment = tl.arange(0, BLOCK_K // SEGMENT)
+    if GROUP == 0:
+        return segment * 0
+    else:
+        return tl.minimum((t * BLOCK_K + segment * SEGMENT) // GROUP, GROUPS - 1)
+
+
+@triton.jit
+def spread(per_segment, SEGMENT: tl.constexpr):
+    """(R, S) -> (R, S * SEGMENT), or (R, 1) as it is where one number serves the tile."""
+    R: tl.constexpr = per_segment.shape[0]
+    S: tl.constexpr = per_segment.shape[1]
+    if S == 1:
+        return per_segment
+    else:
+        return tl.reshape(tl.broadcast_to(per_segment[:, :, None], (R, S, SEGMENT)), (R, S * SEGMENT))
+
+
+@triton.jit
+def group_scales(
+    scales, rows, t, K: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """fp32 (R, BLOCK_K / SEGMENT): the scale of every SEGMENT inputs; SEGMENT divides GROUP."""
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+    group = _group_of(t, GROUP, GROUPS, SEGMENT, BLOCK_K)
+    return tl.load(scales + rows[:, None] * GROUPS + group[None, :]).to(tl.float32)
+
+
+@triton.jit
+def unscaled_tile(
     stored,
     stored_hi,
+    mask,
+    row_offsets,
+    tile_offsets,
+    zeros,
     rows,
-    k0,
+    t,
+    N,
     K: tl.constexpr,
     PATTERN: tl.constexpr,
-    VALUES: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(R, BLOCK_K) codes or numbers at inputs k0 .. k0+BLOCK_K-1 of `rows` (R,); 0 beyond the row's slots.
+    """(R, BLOCK_K) of `rows` (R,) int64: code - zero as int16, or the number in its stored dtype; pruned entries 0.
 
-    dense: input k of row n is slot n * row_slots + k, where row_slots is K rounded up to 8: one run of slots a row.
+    Inputs from K on hold anything finite: the caller multiplies them by zero, or drops them.
     """
-    tl.static_assert(PATTERN == "dense")
-    row_slots: tl.constexpr = (K + 7) // 8 * 8
-    MASKED: tl.constexpr = row_slots % BLOCK_K != 0
-    first_slot = rows.to(tl.int64) * row_slots + k0
-    return slot_run(stored, stored_hi, first_slot, row_slots - k0, VALUES, BLOCK_K, MASKED)
+    if PATTERN == "dense":
+        ROW_SLOTS: tl.constexpr = (K + 7) // 8 * 8
+        tile = slot_run(stored, stored_hi, rows, t, BITS, ROW_SLOTS, BLOCK_K)
+    elif PATTERN == "sparse24":
+        HALF: tl.constexpr = (K // 2 + 7) // 8 * 8
+        slots = slot_run(stored, stored_hi, rows, t, BITS, HALF, BLOCK_K // 2)
+        tile, kept = _sparse24_tile(slots, mask, rows, t, K, BLOCK_K)
+    else:
+        tl.static_assert(PATTERN == "unstructured" and BLOCK_K == UNSTRUCTURED_TILE)
+        slots, kept = _unstructured_slots(mask, row_offsets, tile_offsets, rows, t, N, K)
+        tile = slot_gather(stored, stored_hi, slots, kept, BITS)
+    if BITS > 0:
+        if SYMMETRIC:
+            tile = tile.to(tl.int16) - 2 ** (BITS - 1)
+        else:
+            GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+            group = _group_of(t, GROUP, GROUPS, SEGMENT, BLOCK_K)
+            zero = tl.load(zeros + rows[:, None] * GROUPS + group[None, :]).to(tl.int16)
+            tile = tile.to(tl.int16) - spread(zero, SEGMENT)
+        if PATTERN != "dense":
+            tile = tl.where(kept, tile, 0)
+    elif PATTERN == "sparse24":
+        tile = tl.where(kept, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def dense_tile(
+    stored,
+    stored_hi,
+    mask,
+    row_offsets,
+    tile_offsets,
+    scales,
+    zeros,
+    rows,
+    t,
+    N,
+    K: tl.constexpr,
+    PATTERN: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(R, BLOCK_K): the entries of the weight, scale * (code - zero) in fp32, or numbers in their stored dtype."""
+    tile = unscaled_tile(
+        stored, stored_hi, mask, row_offsets, tile_offsets, zeros, rows, t, N,
+        K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+    )  # fmt: skip
+    if BITS > 0:
+        tile = tile.to(tl.float32) * spread(group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K), SEGMENT)
+    return tile

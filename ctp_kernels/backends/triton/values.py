@@ -1,6 +1,8 @@
-"""Value decoders: packed bytes -> a tile of codes or numbers, for `..values` layouts (see ctp_kernels/values.py).
+"""Value decoders: packed bytes -> codes or numbers (see ctp_kernels/values.py for the bytes).
 
-A decoder reads a run of COUNT consecutive slots in each of R rows. A new kind of value is one branch more here.
+Two ways to read: `slot_run`, a run of neighbouring slots in each of R rows, and `slot_gather`, any slots. BITS says
+what a slot holds: 8, 4, 3, 2 bits of a code, 0 a number in the dtype of `stored`. A new kind of value is a branch in
+each of the two.
 """
 
 from __future__ import annotations
@@ -8,18 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: The kinds of value that `slot_run` decodes.
-VALUES = ("int8", "int4", "int3", "int2", "fp16", "bf16", "fp32")
-
 
 @triton.jit
-def _plane_run(plane, first_slot, slots_left, WIDTH: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr):
-    """uint8 (R, COUNT): the WIDTH-bit fields of COUNT slots from first_slot int64 (R,), a multiple of 8."""
-    per_byte: tl.constexpr = 8 // WIDTH
-    byte = tl.arange(0, COUNT // per_byte)
-    pointers = plane + (first_slot // per_byte)[:, None] + byte[None, :]
-    if MASKED:
-        fields = tl.load(pointers, mask=(byte * per_byte < slots_left)[None, :], other=0)
+def _plane_run(plane, rows, t, WIDTH: tl.constexpr, ROW_SLOTS: tl.constexpr, COUNT: tl.constexpr):
+    """uint8 (R, COUNT): the WIDTH-bit fields of slots COUNT * t .. of `rows` (R,) int64; 0 beyond the row.
+
+    The address is a sum of products by constants, without a division, so that the compiler sees how far it is
+    aligned and loads 16 bytes at a time.
+    """
+    ROW_BYTES: tl.constexpr = ROW_SLOTS * WIDTH // 8
+    TILE_BYTES: tl.constexpr = COUNT * WIDTH // 8
+    byte = t * TILE_BYTES + tl.arange(0, TILE_BYTES)
+    pointers = plane + rows[:, None] * ROW_BYTES + byte[None, :]
+    if ROW_BYTES % TILE_BYTES != 0:
+        fields = tl.load(pointers, mask=(byte < ROW_BYTES)[None, :], other=0)
     else:
         fields = tl.load(pointers)
     if WIDTH <= 4:
@@ -33,28 +37,40 @@ def _plane_run(plane, first_slot, slots_left, WIDTH: tl.constexpr, COUNT: tl.con
 
 @triton.jit
 def slot_run(
-    stored,
-    stored_hi,
-    first_slot,
-    slots_left,
-    VALUES: tl.constexpr,
-    COUNT: tl.constexpr,
-    MASKED: tl.constexpr,
+    stored, stored_hi, rows, t, BITS: tl.constexpr, ROW_SLOTS: tl.constexpr, COUNT: tl.constexpr
 ):
-    """(R, COUNT) uint8 codes, or numbers in their stored dtype. Slots from `slots_left` on read as 0 (MASKED only)."""
-    if VALUES == "int8":
-        return _plane_run(stored, first_slot, slots_left, 8, COUNT, MASKED)
-    elif VALUES == "int4":
-        return _plane_run(stored, first_slot, slots_left, 4, COUNT, MASKED)
-    elif VALUES == "int3":
-        low = _plane_run(stored, first_slot, slots_left, 2, COUNT, MASKED)
-        return low | (_plane_run(stored_hi, first_slot, slots_left, 1, COUNT, MASKED) << 2)
-    elif VALUES == "int2":
-        return _plane_run(stored, first_slot, slots_left, 2, COUNT, MASKED)
-    else:
-        slot = tl.arange(0, COUNT)
-        pointers = stored + first_slot[:, None] + slot[None, :]
-        if MASKED:
-            return tl.load(pointers, mask=(slot < slots_left)[None, :], other=0.0)
+    """(R, COUNT) uint8 codes, or numbers: slots COUNT * t .. of `rows` (R,) int64, which lie ROW_SLOTS apart."""
+    if BITS == 0:
+        slot = t * COUNT + tl.arange(0, COUNT)
+        pointers = stored + rows[:, None] * ROW_SLOTS + slot[None, :]
+        if ROW_SLOTS % COUNT != 0:
+            return tl.load(pointers, mask=(slot < ROW_SLOTS)[None, :], other=0.0)
         else:
             return tl.load(pointers)
+    elif BITS == 3:
+        low = _plane_run(stored, rows, t, 2, ROW_SLOTS, COUNT)
+        return low | (_plane_run(stored_hi, rows, t, 1, ROW_SLOTS, COUNT) << 2)
+    else:
+        return _plane_run(stored, rows, t, BITS, ROW_SLOTS, COUNT)
+
+
+@triton.jit
+def _plane_gather(plane, slots, wanted, WIDTH: tl.constexpr):
+    """uint8, shaped like `slots`: the WIDTH-bit field of each wanted slot, 0 elsewhere."""
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    fields = tl.load(plane + slots // PER_BYTE, mask=wanted, other=0)
+    if WIDTH < 8:
+        fields = (fields >> ((slots % PER_BYTE) * WIDTH).to(tl.uint8)) & (2**WIDTH - 1)
+    return fields
+
+
+@triton.jit
+def slot_gather(stored, stored_hi, slots, wanted, BITS: tl.constexpr):
+    """uint8 codes, or numbers, shaped like `slots` (int64): what each wanted slot holds, 0 elsewhere."""
+    if BITS == 0:
+        return tl.load(stored + slots, mask=wanted, other=0.0)
+    elif BITS == 3:
+        low = _plane_gather(stored, slots, wanted, 2)
+        return low | (_plane_gather(stored_hi, slots, wanted, 1) << 2)
+    else:
+        return _plane_gather(stored, slots, wanted, BITS)

@@ -1,0 +1,156 @@
+"""Which kernel with which tiles: the one rule of this backend. Imports no Triton.
+
+    plan_for(format, dtype, m, (n, k), direction) -> Plan
+
+looks into the table of this GPU (measured by `ctp warmup --tune`, or shipped in tuned.json), and otherwise follows a
+plain rule. **The rule is not measured**: no GPU was at hand when it was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ...format import FLOAT_DTYPES, Format
+from ...patterns import TILE
+from . import tuned
+
+#: From this many rows on: dequantise, then a dense product. Not measured; by arithmetic (weight written and read once
+#: in 16 bits, on an H200) the dense product alone pays for that from about 2000 rows, and a Triton kernel reaches
+#: less of the tensor cores' rate than cuBLAS does.
+DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
+#: Up to this many rows: `decode_kernel`. Not measured; its fp32 products then take about as long as the bytes.
+DECODE_ROWS = 4
+#: Multiprocessors to fill where there is no GPU to ask (the interpreter, ahead-of-time compilation): an H100's.
+MULTIPROCESSORS = 132
+_MOST_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel and its tiles. kind: "decode", "tile" (tensor cores) or "dense" (dequantise, then torch.matmul).
+
+    block_n, block_m, block_k: rows of W, rows of x or dy, inputs of a tile. splits: pieces of the reduction, summed
+    by `reduce_kernel` in a fixed order.
+    """
+
+    kind: str
+    block_n: int
+    block_m: int
+    block_k: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def row_class(m: int) -> int:
+    """Row counts that share a plan: the next power of two, up to the largest that a tile of rows holds."""
+    return 1 << (max(m, 1) - 1).bit_length()
+
+
+def widens(format: Format, dtype: torch.dtype) -> bool:
+    """Whether operands are widened to fp32 before they are multiplied: floating values in another dtype than the
+    activations', of which neither is rounded to the other."""
+    return not format.quantized and FLOAT_DTYPES[str(format.values)] != dtype
+
+
+def segment_of(format: Format, k: int, block_k: int, most: int | None = None) -> int:
+    """The largest power of two that divides the group, at most `block_k` (and `most`)."""
+    most = min(block_k, most or block_k)
+    group = format.group_size
+    if not format.quantized or group is None or format.groups(k) == 1:
+        return most
+    return min(group & -group, most)
+
+
+@lru_cache(maxsize=4096)
+def plan_for(
+    format: Format,
+    dtype: torch.dtype,
+    m: int,
+    shape: tuple[int, int],
+    direction: str,
+    gpu: str | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Plan:
+    """The plan for `m` rows of activations of `dtype` and a weight of `shape` (N, K); `m` a `row_class`.
+
+    `gpu` is the device's name, or None to ask no table.
+    """
+    if gpu is not None:
+        found = tuned.lookup(gpu, tuned.key(format, dtype, m, shape, direction))
+        if found is not None:
+            return Plan(**found)
+    return default_plan(format, dtype, m, shape, direction, multiprocessors)
+
+
+def default_plan(
+    format: Format, dtype: torch.dtype, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
+) -> Plan:
+    """The rule where no table answers."""
+    if m >= DENSE_FROM_ROWS[direction]:
+        return dense_plan(format)
+    slow = widens(format, dtype) or dtype == torch.float32  # fp32 products do not run on tensor cores
+    if direction == "backward":
+        plan = _backward_tiles(format, m, slow)
+    elif m <= DECODE_ROWS:
+        plan = _decode_tiles(format, m)
+    else:
+        plan = _forward_tiles(format, shape[1], m, slow)
+    return with_splits(plan, format, m, shape, direction, multiprocessors)
+
+
+def dense_plan(format: Format) -> Plan:
+    """Dequantise in tiles of this size, then torch.matmul."""
+    return Plan("dense", 16, 0, TILE, stages=2)
+
+
+def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
+    """BLOCK_K divides the group where a power of two of 32 or more does, so that the scale stays out of the product."""
+    if slow:
+        plan = Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)  # larger tiles of fp32 products spill
+    elif m <= 64:
+        plan = Plan("tile", 64, max(m, 16), 128)
+    else:
+        plan = Plan("tile", 128, 128, 64, warps=8)
+    if format.pattern == "unstructured":
+        return replace(plan, block_k=TILE, block_n=min(plan.block_n, 64), block_m=min(plan.block_m, 64), warps=4)
+    segment = segment_of(format, k, plan.block_k)
+    return replace(plan, block_k=segment) if segment >= 32 else plan
+
+
+def _decode_tiles(format: Format, m: int) -> Plan:
+    """A warp reads 512 bytes of a row of codes at a time, 16 a lane."""
+    if format.pattern == "unstructured":
+        return Plan("decode", 16, m, TILE, stages=2)
+    stored = format.bits if format.quantized and format.bits != 3 else 2 if format.quantized else format.bits
+    wide = {2: 1024, 4: 1024, 8: 512, 16: 256, 32: 128}[stored]
+    return Plan("decode", 16 if m <= 2 else 8, m, wide, stages=2)
+
+
+def _backward_tiles(format: Format, m: int, slow: bool) -> Plan:
+    if slow:
+        return Plan("tile", 32, min(max(m, 16), 32), TILE if format.pattern == "unstructured" else 32, stages=2)
+    return Plan("tile", 32, min(max(m, 16), 64), TILE, warps=4 if m <= 32 else 8)
+
+
+def with_splits(
+    plan: Plan, format: Format, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
+) -> Plan:
+    """Cut the reduction until two programs fall on each multiprocessor, while the partial sums that are written and
+    read again stay under a quarter of the weight's bytes."""
+    n, k = shape
+    outputs, reduced = (n, k) if direction == "forward" else (k, n)
+    out_block, block = (plan.block_n, plan.block_k) if direction == "forward" else (plan.block_k, plan.block_n)
+    programs = -(-outputs // out_block) * -(-m // plan.block_m)
+    density = 1.0 if format.pattern == "dense" else 0.5
+    room = reduced * format.bits * density / 8 / 4 / (8 * m)
+    splits = 1
+    while programs * splits < 2 * multiprocessors and 2 * splits <= min(room, -(-reduced // block), _MOST_SPLITS):
+        splits *= 2
+    return replace(plan, splits=splits)
