@@ -204,35 +204,43 @@ def decode_kernel(
     split = tl.program_id(1)
     inside = rows < N
     rows = tl.minimum(rows, N - 1).to(tl.int64)
-    column = tl.arange(0, BLOCK_M)
-    x_rows = x + tl.minimum(column, M - 1).to(tl.int64)[:, None, None] * ldx
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     EACH: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
     SEGMENTS: tl.constexpr = BLOCK_K // SEGMENT
 
-    total = tl.zeros((BLOCK_M, BLOCK_N, SEGMENTS), dtype=tl.float32)
+    # One accumulator a row of x, in the layout in which the bytes were loaded.
+    totals = ()
+    for _ in tl.static_range(BLOCK_M):
+        totals = totals + (tl.zeros((BLOCK_N, SEGMENTS), dtype=tl.float32),)
     for t in range(split * EACH, tl.minimum(split * EACH + EACH, TILES)):
         k = t * BLOCK_K + tl.arange(0, BLOCK_K)
-        if K % BLOCK_K != 0:
-            xs = tl.load(x_rows + k[None, None, :], mask=(k < K)[None, None, :], other=0.0)
-        else:
-            xs = tl.load(x_rows + k[None, None, :])
         tile = unscaled_tile(
             stored, stored_hi, mask, row_offsets, tile_offsets, zeros, rows, t, N,
             K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
-        )  # fmt: skip
-        part = tile.to(tl.float32)[None, :, :] * xs.to(tl.float32)
-        if SEGMENT > 1:
-            part = tl.sum(tl.reshape(part, (BLOCK_M, BLOCK_N, SEGMENTS, SEGMENT)), 3)
+        ).to(tl.float32)  # fmt: skip
         if BITS > 0:
-            part *= group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K)[None, :, :]
-        total += part
+            scale = group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K)
+        sums = ()
+        for m in tl.static_range(BLOCK_M):
+            x_row = x + tl.minimum(M - 1, m) * ldx
+            if K % BLOCK_K != 0:
+                xs = tl.load(x_row + k, mask=k < K, other=0.0)
+            else:
+                xs = tl.load(x_row + k)
+            part = tile * xs.to(tl.float32)[None, :]
+            if SEGMENT > 1:
+                part = tl.sum(tl.reshape(part, (BLOCK_N, SEGMENTS, SEGMENT)), 2)
+            if BITS > 0:
+                part *= scale
+            sums = sums + (totals[m] + part,)
+        totals = sums
 
-    sums = tl.sum(total, 2)
-    if HAS_BIAS:
-        sums += tl.load(bias + rows).to(tl.float32)[None, :]
-    out = y + (split.to(tl.int64) * M + column)[:, None] * N + rows[None, :]
-    tl.store(out, sums.to(y.dtype.element_ty), mask=(column < M)[:, None] & inside[None, :])
+    for m in tl.static_range(BLOCK_M):
+        sums = tl.sum(totals[m], 1)
+        if HAS_BIAS:
+            sums += tl.load(bias + rows).to(tl.float32)
+        out = y + (split.to(tl.int64) * M + m) * N + rows
+        tl.store(out, sums.to(y.dtype.element_ty), mask=inside & (rows * 0 + m < M))
 
 
 @triton.jit(do_not_specialize=["size"])

@@ -31,43 +31,46 @@ def popcount(v):
 
 
 @triton.jit
-def _mask_word(mask, rows, word, K: tl.constexpr):
-    """uint32 (R,): bits 32 * word .. of each row's bitmap, 0 beyond the row."""
+def _mask_words(mask, rows, t, K: tl.constexpr):
+    """uint32 (R, 4): the bitmap of tile t, 0 beyond the row."""
     ROW_BYTES: tl.constexpr = (K + 7) // 8
+    word = 4 * t + tl.arange(0, 4)
     if ROW_BYTES % 4 == 0:  # every row starts on a word
-        words = mask.to(tl.pointer_type(tl.uint32), bitcast=True) + rows * (ROW_BYTES // 4) + word
+        words = mask.to(tl.pointer_type(tl.uint32), bitcast=True)
+        pointers = words + rows[:, None] * (ROW_BYTES // 4) + word[None, :]
         if ROW_BYTES % 16 == 0:
-            return tl.load(words)
+            return tl.load(pointers)
         else:
-            return tl.load(words, mask=rows * 0 + word < ROW_BYTES // 4, other=0)
+            return tl.load(pointers, mask=(word < ROW_BYTES // 4)[None, :], other=0)
     else:
-        bits = tl.zeros_like(rows).to(tl.uint32)
+        bits = tl.zeros((rows.shape[0], 4), tl.uint32)
         for i in tl.static_range(4):
             byte = 4 * word + i
-            piece = tl.load(mask + rows * ROW_BYTES + byte, mask=rows * 0 + byte < ROW_BYTES, other=0)
+            piece = tl.load(mask + rows[:, None] * ROW_BYTES + byte[None, :], mask=(byte < ROW_BYTES)[None, :], other=0)
             bits = bits | (piece.to(tl.uint32) << (8 * i))
         return bits
 
 
 @triton.jit
-def _unstructured_slots(mask, row_offsets, tile_offsets, rows, t, N, K: tl.constexpr):
-    """int64 (R, 128) slots and bool (R, 128) `kept` of tile t: an entry lies as many slots behind the tile's first
-    as there are bits before it. A lane looks at one word of 32 bits; words before it count as a whole."""
+def _unstructured_tile(
+    stored, stored_hi, mask, row_offsets, tile_offsets, rows, t, N, K: tl.constexpr, BITS: tl.constexpr
+):
+    """(R, 128) codes or numbers of tile t, and bool `kept`.
+
+    An entry lies as many slots behind the first of its word of 32 bits as there are bits before it in the word; the
+    words' beginnings are summed once a word.
+    """
+    words = _mask_words(mask, rows, t, K)
+    counts = popcount(words).to(tl.int32)
     first = tl.load(row_offsets + rows).to(tl.int64) * 8 + tl.load(tile_offsets + t * N + rows)
-    k = tl.arange(0, UNSTRUCTURED_TILE)
-    below = ((1 << (k % 32).to(tl.uint32)) - 1).to(tl.uint32)[None, :]
-    word = _mask_word(mask, rows, 4 * t, K)
-    before = popcount(word)
-    words = word[:, None]
-    starts = first[:, None]
-    for i in tl.static_range(1, 4):
-        here = (k // 32 == i)[None, :]
-        word = _mask_word(mask, rows, 4 * t + i, K)
-        words = tl.where(here, word[:, None], words)
-        starts = tl.where(here, (first + before)[:, None], starts)
-        before += popcount(word)
-    kept = ((words >> (k % 32).to(tl.uint32)[None, :]) & 1) != 0
-    return starts + popcount(words & below), kept
+    starts = first[:, None] + tl.cumsum(counts, 1) - counts
+    bit = tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    bits = words[:, :, None]
+    kept = ((bits >> bit) & 1) != 0
+    ranks = popcount(bits & ((tl.full((1, 1, 32), 1, tl.uint32) << bit) - 1))
+    tile = slot_gather(stored, stored_hi, starts, ranks, kept, BITS)
+    shape: tl.constexpr = (rows.shape[0], UNSTRUCTURED_TILE)
+    return tl.reshape(tile, shape), tl.reshape(kept, shape)
 
 
 @triton.jit
@@ -152,8 +155,7 @@ def unscaled_tile(
         tile, kept = _sparse24_tile(slots, mask, rows, t, K, BLOCK_K)
     else:
         tl.static_assert(PATTERN == "unstructured" and BLOCK_K == UNSTRUCTURED_TILE)
-        slots, kept = _unstructured_slots(mask, row_offsets, tile_offsets, rows, t, N, K)
-        tile = slot_gather(stored, stored_hi, slots, kept, BITS)
+        tile, kept = _unstructured_tile(stored, stored_hi, mask, row_offsets, tile_offsets, rows, t, N, K, BITS)
     if BITS > 0:
         if SYMMETRIC:
             tile = tile.to(tl.int16) - 2 ** (BITS - 1)

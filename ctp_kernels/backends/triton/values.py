@@ -55,22 +55,26 @@ def slot_run(
 
 
 @triton.jit
-def _plane_gather(plane, slots, wanted, WIDTH: tl.constexpr):
-    """uint8, shaped like `slots`: the WIDTH-bit field of each wanted slot, 0 elsewhere."""
+def _plane_gather(plane, starts, ranks, wanted, WIDTH: tl.constexpr):
+    """uint8, shaped like `ranks`: the WIDTH-bit field of each wanted slot, 0 elsewhere."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
-    fields = tl.load(plane + slots // PER_BYTE, mask=wanted, other=0)
+    pieces = plane + starts // PER_BYTE
+    slots = (starts % PER_BYTE).to(tl.uint32)[:, :, None] + ranks
+    fields = tl.load(pieces[:, :, None] + slots // PER_BYTE, mask=wanted, other=0)
     if WIDTH < 8:
         fields = (fields >> ((slots % PER_BYTE) * WIDTH).to(tl.uint8)) & (2**WIDTH - 1)
     return fields
 
 
 @triton.jit
-def slot_gather(stored, stored_hi, slots, wanted, BITS: tl.constexpr):
-    """uint8 codes, or numbers, shaped like `slots` (int64): what each wanted slot holds, 0 elsewhere."""
+def slot_gather(stored, stored_hi, starts, ranks, wanted, BITS: tl.constexpr):
+    """(R, P, C) uint8 codes, or numbers: slots `starts` int64 (R, P) + `ranks` uint32 (R, P, C); only the wanted ones
+    are read, the rest are 0. The 64-bit part of an address is formed once a piece of a row, not once a slot."""
     if BITS == 0:
-        return tl.load(stored + slots, mask=wanted, other=0.0)
+        pieces = stored + starts
+        return tl.load(pieces[:, :, None] + ranks, mask=wanted, other=0.0)
     elif BITS == 3:
-        low = _plane_gather(stored, slots, wanted, 2)
-        return low | (_plane_gather(stored_hi, slots, wanted, 1) << 2)
+        low = _plane_gather(stored, starts, ranks, wanted, 2)
+        return low | (_plane_gather(stored_hi, starts, ranks, wanted, 1) << 2)
     else:
-        return _plane_gather(stored, slots, wanted, BITS)
+        return _plane_gather(stored, starts, ranks, wanted, BITS)
