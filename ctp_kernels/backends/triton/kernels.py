@@ -12,7 +12,7 @@ mma.sync).
 
 Arguments that all share: the buffers of a weight (N, K) as in PackedWeight (a buffer that the format lacks is never
 read); PATTERN; BITS of a code, 0 for floating values; GROUP inputs a scale, 0 for one scale a row; SYMMETRIC;
-SEGMENT, a power of two that divides GROUP. K is a constant because a model has only a few. With SPLITS > 1 the
+SEGMENT, a power of two that divides GROUP; WORDS: all buffers begin on 4 bytes. K is a constant because a model has only a few. With SPLITS > 1 the
 reduction is cut into that many pieces, and the output is fp32 (SPLITS, M, outputs), for `reduce_kernel`.
 """
 
@@ -51,6 +51,7 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """x (M, K) rows ldx apart, bias (N,), y (M, N) contiguous. WIDEN: multiply in fp32 (see `plan.widens`).
 
@@ -66,6 +67,7 @@ def matmul_kernel(
     rows = tl.minimum(rows, N - 1).to(tl.int64)
     columns = tl.minimum(columns, M - 1).to(tl.int64)
     x_rows = x + columns[None, :] * ldx
+    NUMBER: tl.constexpr = tl.float32 if WIDEN else x.dtype.element_ty
     ONE_SCALE: tl.constexpr = BITS > 0 and SEGMENT == BLOCK_K
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     EACH: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
@@ -80,12 +82,12 @@ def matmul_kernel(
         if ONE_SCALE:
             tile = unscaled_tile(
                 stored, stored_hi, mask, row_offsets, tile_offsets, zeros, rows, t, N,
-                K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+                K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, WORDS, NUMBER,
             )  # fmt: skip
         else:
             tile = dense_tile(
                 stored, stored_hi, mask, row_offsets, tile_offsets, scales, zeros, rows, t, N,
-                K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+                K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, WORDS,
             )  # fmt: skip
             if BITS > 0:
                 tile = tile.to(xt.dtype)
@@ -132,6 +134,7 @@ def matmul_t_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """dy (M, N) rows lddy apart, dx (M, K) contiguous.
 
@@ -155,7 +158,7 @@ def matmul_t_kernel(
         tile = dense_tile(
             stored, stored_hi, mask, row_offsets, tile_offsets, scales, zeros,
             tl.minimum(rows, N - 1).to(tl.int64), t, N,
-            K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+            K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, WORDS,
         )  # fmt: skip
         if BITS > 0:
             tile = tile.to(dyt.dtype)
@@ -194,6 +197,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """As `matmul_kernel` for M <= BLOCK_M <= 8, in fp32.
 
@@ -216,7 +220,7 @@ def decode_kernel(
         k = t * BLOCK_K + tl.arange(0, BLOCK_K)
         tile = unscaled_tile(
             stored, stored_hi, mask, row_offsets, tile_offsets, zeros, rows, t, N,
-            K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+            K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, WORDS, tl.float32,
         ).to(tl.float32)  # fmt: skip
         if BITS > 0:
             scale = group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K)
@@ -275,6 +279,7 @@ def dequantize_kernel(
     SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """weight (N, K) contiguous: each entry computed in fp32 and rounded once."""
     t = tl.program_id(1)
@@ -284,6 +289,6 @@ def dequantize_kernel(
     rows = tl.minimum(rows, N - 1).to(tl.int64)
     tile = dense_tile(
         stored, stored_hi, mask, row_offsets, tile_offsets, scales, zeros, rows, t, N,
-        K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+        K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, WORDS,
     )  # fmt: skip
     tl.store(weight + rows[:, None] * K + k[None, :], tile.to(weight.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ def interpreted() -> bool:
 
 @lru_cache(maxsize=4096)
 def constants_of(
-    plan: Plan, format: Format, dtype: torch.dtype, k: int, direction: str, has_bias: bool
+    plan: Plan, format: Format, dtype: torch.dtype, k: int, direction: str, has_bias: bool, words: bool = True
 ) -> dict[str, Any]:
     """The constexpr arguments of the kernel that `plan` names."""
     # Products of fp16 sums over 8 to 32 inputs: so many lie next to each other in a lane.
@@ -39,6 +39,7 @@ def constants_of(
         "SEGMENT": segment_of(format, k, plan.block_k, most),
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
+        "WORDS": words,
     }
     if plan.kind == "dense":
         return constants
@@ -74,6 +75,11 @@ def _weight_arguments(tensors: Sequence[torch.Tensor], format: Format) -> list[t
     return [stored, *(buffers.get(name, stored) for name in _BUFFERS)]
 
 
+def _on_words(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every buffer begins on 4 bytes, as all but slices of larger tensors do."""
+    return all(tensor.data_ptr() % 4 == 0 for tensor in tensors)
+
+
 def matmul(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
@@ -91,7 +97,7 @@ def matmul(
         weight = dequantize(tensors, format, (n, k), _operand(format, x.dtype), plan)
         wide_bias = None if bias is None else bias.to(weight.dtype)
         return torch.nn.functional.linear(x.to(weight.dtype), weight, wide_bias).to(x.dtype)
-    constants = constants_of(plan, format, x.dtype, k, "forward", bias is not None)
+    constants = constants_of(plan, format, x.dtype, k, "forward", bias is not None, _on_words(tensors))
     kernel = kernels.decode_kernel if plan.kind == "decode" else kernels.matmul_kernel
     x = x if x.stride(1) == 1 else x.contiguous()
     weight = _weight_arguments(tensors, format)
@@ -121,7 +127,7 @@ def matmul_t(
     if plan.kind == "dense":
         weight = dequantize(tensors, format, (n, k), _operand(format, dy.dtype), plan)
         return torch.matmul(dy.to(weight.dtype), weight).to(dy.dtype)
-    constants = constants_of(plan, format, dy.dtype, k, "backward", False)
+    constants = constants_of(plan, format, dy.dtype, k, "backward", False, _on_words(tensors))
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     dx = _output(dy, plan, m, k)
     grid = (triton.cdiv(k, plan.block_k), triton.cdiv(m, plan.block_m), plan.splits)
@@ -144,7 +150,7 @@ def dequantize(
             *_weight_arguments(tensors, format),
             weight,
             n,
-            **constants_of(plan, format, dtype, k, "forward", False),
+            **constants_of(plan, format, dtype, k, "forward", False, _on_words(tensors)),
             **options_of(plan),
         )
     return weight

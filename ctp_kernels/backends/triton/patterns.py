@@ -9,16 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .values import slot_gather, slot_run
+from .values import bias_of, interleave4, slot_gather, slot_run
 
 #: Inputs between two entries of `tile_offsets`: the tile of the unstructured pattern.
 UNSTRUCTURED_TILE = tl.constexpr(128)
-
-
-@triton.jit
-def _interleave4(a, b, c, d):
-    """(R, 4 C) from four (R, C): a0 b0 c0 d0 a1 ..."""
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
 @triton.jit
@@ -31,11 +25,11 @@ def popcount(v):
 
 
 @triton.jit
-def _mask_words(mask, rows, t, K: tl.constexpr):
+def _mask_words(mask, rows, t, K: tl.constexpr, WORDS: tl.constexpr):
     """uint32 (R, 4): the bitmap of tile t, 0 beyond the row."""
     ROW_BYTES: tl.constexpr = (K + 7) // 8
     word = 4 * t + tl.arange(0, 4)
-    if ROW_BYTES % 4 == 0:  # every row starts on a word
+    if WORDS and ROW_BYTES % 4 == 0:  # every row starts on a word
         words = mask.to(tl.pointer_type(tl.uint32), bitcast=True)
         pointers = words + rows[:, None] * (ROW_BYTES // 4) + word[None, :]
         if ROW_BYTES % 16 == 0:
@@ -53,14 +47,25 @@ def _mask_words(mask, rows, t, K: tl.constexpr):
 
 @triton.jit
 def _unstructured_tile(
-    stored, stored_hi, mask, row_offsets, tile_offsets, rows, t, N, K: tl.constexpr, BITS: tl.constexpr
+    stored,
+    stored_hi,
+    mask,
+    row_offsets,
+    tile_offsets,
+    rows,
+    t,
+    N,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):
-    """(R, 128) codes or numbers of tile t, and bool `kept`.
+    """(R, 128) lifted codes or numbers of tile t, and bool `kept`.
 
     An entry lies as many slots behind the first of its word of 32 bits as there are bits before it in the word; the
     words' beginnings are summed once a word.
     """
-    words = _mask_words(mask, rows, t, K)
+    words = _mask_words(mask, rows, t, K, WORDS)
     counts = popcount(words).to(tl.int32)
     first = tl.load(row_offsets + rows).to(tl.int64) * 8 + tl.load(tile_offsets + t * N + rows)
     starts = first[:, None] + tl.cumsum(counts, 1) - counts
@@ -68,7 +73,7 @@ def _unstructured_tile(
     bits = words[:, :, None]
     kept = ((bits >> bit) & 1) != 0
     ranks = popcount(bits & ((tl.full((1, 1, 32), 1, tl.uint32) << bit) - 1))
-    tile = slot_gather(stored, stored_hi, starts, ranks, kept, BITS)
+    tile = slot_gather(stored, stored_hi, starts, ranks, kept, BITS, NUMBER)
     shape: tl.constexpr = (rows.shape[0], UNSTRUCTURED_TILE)
     return tl.reshape(tile, shape), tl.reshape(kept, shape)
 
@@ -88,8 +93,8 @@ def _sparse24_tile(slots, mask, rows, t, K: tl.constexpr, BLOCK_K: tl.constexpr)
     # Bit 0 can only be a quad's first entry, bit 3 only its second.
     one = tl.where((quads & 1) != 0, second, first)
     two = tl.where((quads & 3) != 0, second, first)
-    kept = _interleave4(quads & 1, quads & 2, quads & 4, quads & 8) != 0
-    return _interleave4(first, one, two, second), kept
+    kept = interleave4(quads & 1, quads & 2, quads & 4, quads & 8) != 0
+    return interleave4(first, one, two, second), kept
 
 
 @triton.jit
@@ -141,32 +146,40 @@ def unscaled_tile(
     SYMMETRIC: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):
-    """(R, BLOCK_K) of `rows` (R,) int64: code - zero as int16, or the number in its stored dtype; pruned entries 0.
+    """(R, BLOCK_K) of `rows` (R,) int64: code - zero in dtype NUMBER, which holds it exactly, or the number in its
+    stored dtype; pruned entries 0.
 
     Inputs from K on hold anything finite: the caller multiplies them by zero, or drops them.
     """
     if PATTERN == "dense":
         ROW_SLOTS: tl.constexpr = (K + 7) // 8 * 8
-        tile = slot_run(stored, stored_hi, rows, t, BITS, ROW_SLOTS, BLOCK_K)
+        tile = slot_run(stored, stored_hi, rows, t, BITS, ROW_SLOTS, BLOCK_K, WORDS, NUMBER)
     elif PATTERN == "sparse24":
         HALF: tl.constexpr = (K // 2 + 7) // 8 * 8
-        slots = slot_run(stored, stored_hi, rows, t, BITS, HALF, BLOCK_K // 2)
+        slots = slot_run(stored, stored_hi, rows, t, BITS, HALF, BLOCK_K // 2, WORDS, NUMBER)
         tile, kept = _sparse24_tile(slots, mask, rows, t, K, BLOCK_K)
     else:
         tl.static_assert(PATTERN == "unstructured" and BLOCK_K == UNSTRUCTURED_TILE)
-        tile, kept = _unstructured_tile(stored, stored_hi, mask, row_offsets, tile_offsets, rows, t, N, K, BITS)
+        tile, kept = _unstructured_tile(
+            stored, stored_hi, mask, row_offsets, tile_offsets, rows, t, N, K, BITS, WORDS, NUMBER
+        )
     if BITS > 0:
+        # Between integers of up to 11 bits this difference is exact in fp16, of up to 8 in bf16, 24 in fp32.
+        WIDE: tl.constexpr = NUMBER == tl.float32 or BITS == 8
         if SYMMETRIC:
-            tile = tile.to(tl.int16) - 2 ** (BITS - 1)
+            zero = tl.full((1, 1), bias_of(BITS, NUMBER) + 2 ** (BITS - 1), tl.float32)
         else:
             GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
             group = _group_of(t, GROUP, GROUPS, SEGMENT, BLOCK_K)
-            zero = tl.load(zeros + rows[:, None] * GROUPS + group[None, :]).to(tl.int16)
-            tile = tile.to(tl.int16) - spread(zero, SEGMENT)
-        if PATTERN != "dense":
-            tile = tl.where(kept, tile, 0)
-    elif PATTERN == "sparse24":
+            zero = tl.load(zeros + rows[:, None] * GROUPS + group[None, :]).to(tl.float32) + bias_of(BITS, NUMBER)
+        if WIDE:
+            tile = (tile.to(tl.float32) - spread(zero, SEGMENT)).to(NUMBER)
+        else:
+            tile = tile - spread(zero.to(NUMBER), SEGMENT)
+    if PATTERN != "dense" and (BITS > 0 or PATTERN == "sparse24"):
         tile = tl.where(kept, tile, 0.0)
     return tile
 
@@ -190,12 +203,13 @@ def dense_tile(
     SYMMETRIC: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """(R, BLOCK_K): the entries of the weight, scale * (code - zero) in fp32, or numbers in their stored dtype."""
     tile = unscaled_tile(
         stored, stored_hi, mask, row_offsets, tile_offsets, zeros, rows, t, N,
-        K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K,
+        K, PATTERN, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, WORDS, tl.float32,
     )  # fmt: skip
     if BITS > 0:
-        tile = tile.to(tl.float32) * spread(group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K), SEGMENT)
+        tile = tile * spread(group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K), SEGMENT)
     return tile
