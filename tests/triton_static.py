@@ -58,35 +58,47 @@ def format_dtype(format: Format) -> torch.dtype:
     return DTYPES[str(format.values)]
 
 
-def resources(compiled) -> dict[str, int]:
-    """Registers and bytes of stack and local memory of a compiled kernel, from its machine code."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _cuobjdump(compiled, *options: str) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [cuobjdump, "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        return subprocess.run([program, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _main_loop(machine_code: str) -> list[str]:
+    """The instructions between the backward jump that spans most and its target; all, where nothing jumps back."""
+    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", machine_code)]
+    longest = [text for at, text in found]
+    loops = []
+    for at, text in found:
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < at:
+            loops.append([text for where, text in found if int(jump[1], 16) <= where <= at])
+    return max(loops, key=len, default=longest)
 
 
 def figures(compiled) -> dict[str, int]:
-    """Registers, memory, and how often some instructions stand in the PTX."""
-    ptx, used = compiled.asm["ptx"], resources(compiled)
+    """Registers, memory, and what stands in the main loop of the machine code."""
+    report = _cuobjdump(compiled, "-res-usage")
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    loop = _main_loop(_cuobjdump(compiled, "-sass"))
 
     def count(pattern: str) -> int:
-        return len(re.findall(pattern, ptx))
+        return sum(re.search(pattern, text) is not None for text in loop)
 
     return {
         "registers": used["REG"],
         "local_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
-        "instructions": count(r"(?m)^\t(?!\.|//)[a-z@]"),
-        "mma": count(r"\bmma\.sync"),
-        "wgmma": count(r"wgmma\.mma_async"),
-        "loads_128_bit": count(r"cp\.async\.cg\.shared\.global|ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64"),
-        "loads_narrower": count(r"cp\.async\.ca|ld\.global(?!\S*\.v4\.b32)(?!\S*\.v2\.b64)"),
-        "shared_stores": count(r"\bst\.shared|stmatrix"),
-        "shared_loads": count(r"\bld\.shared|ldmatrix"),
-        "shuffles": count(r"\bshfl\."),
-        "barriers": count(r"\bbar\.sync"),
+        "loop": len(loop),
+        "mma": count(r"\bHMMA"),
+        "wgmma": count(r"\bHGMMA"),
+        "loads_128_bit": count(r"\b(LDG|LDGSTS)\S*\.128"),
+        "loads_narrower": count(r"\b(LDG|LDGSTS)\b(?!\S*\.128)"),
+        "shared_stores": count(r"\b(STS|STSM)\b"),
+        "shared_loads": count(r"\b(LDS|LDSM)\b"),
+        "conversions": count(r"\b(I2F|F2I)"),
+        "shuffles": count(r"\bSHFL"),
+        "barriers": count(r"\bBAR\b"),
     }

@@ -173,12 +173,15 @@ def unscaled_tile(
             zero = tl.full((1, 1), bias_of(BITS, NUMBER) + 2 ** (BITS - 1), tl.float32)
         else:
             GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
-            group = _group_of(t, GROUP, GROUPS, SEGMENT, BLOCK_K)
+            # A word of the bitmap at a time: per row, every lane that gathers would load the zeros of all its rows.
+            PIECE: tl.constexpr = 32 if PATTERN == "unstructured" and SEGMENT > 32 else SEGMENT
+            group = _group_of(t, GROUP, GROUPS, PIECE, BLOCK_K)
             zero = tl.load(zeros + rows[:, None] * GROUPS + group[None, :]).to(tl.float32) + bias_of(BITS, NUMBER)
+            zero = spread(zero, PIECE)
         if WIDE:
-            tile = (tile.to(tl.float32) - spread(zero, SEGMENT)).to(NUMBER)
+            tile = (tile.to(tl.float32) - zero).to(NUMBER)
         else:
-            tile = tile - spread(zero.to(NUMBER), SEGMENT)
+            tile = tile - zero.to(NUMBER)
     if PATTERN != "dense" and (BITS > 0 or PATTERN == "sparse24"):
         tile = tl.where(kept, tile, 0.0)
     return tile

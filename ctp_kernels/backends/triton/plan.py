@@ -21,8 +21,9 @@ from . import tuned
 #: in 16 bits, on an H200) the dense product alone pays for that from about 2000 rows, and a Triton kernel reaches
 #: less of the tensor cores' rate than cuBLAS does.
 DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
-#: Up to this many rows: `decode_kernel`. Not measured; its fp32 products then take about as long as the bytes.
-DECODE_ROWS = 4
+#: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
+#: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
+DECODE_ROWS = 2
 #: Multiprocessors to fill where there is no GPU to ask (the interpreter, ahead-of-time compilation): an H100's.
 MULTIPROCESSORS = 132
 _MOST_SPLITS = 16
@@ -119,38 +120,47 @@ def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
     else:
         plan = Plan("tile", 128, 128, 64, warps=8)
     if format.pattern == "unstructured":
-        return replace(plan, block_k=TILE, block_n=min(plan.block_n, 64), block_m=min(plan.block_m, 64), warps=4)
+        most = 32 if format.quantized else 64  # the addresses of gathered codes take registers
+        return replace(plan, block_k=TILE, block_n=16 if slow else 64, block_m=min(plan.block_m, most), warps=8)
     segment = segment_of(format, k, plan.block_k)
     return replace(plan, block_k=segment) if segment >= 32 else plan
 
 
 def _decode_tiles(format: Format, m: int) -> Plan:
-    """A warp reads 512 bytes of a row of codes at a time, 16 a lane."""
+    """One warp and four rows of W: the layouts of x and W then differ only within a warp, which needs no barrier.
+
+    64 codes a lane (32 of 8 bits, or numbers): more rows or inputs cost registers, and so warps in flight.
+    """
     if format.pattern == "unstructured":
-        return Plan("decode", 16, m, TILE, stages=2)
-    stored = format.bits if format.quantized and format.bits != 3 else 2 if format.quantized else format.bits
-    wide = {2: 1024, 4: 1024, 8: 512, 16: 256, 32: 128}[stored]
-    return Plan("decode", 16 if m <= 2 else 8, m, wide, stages=2)
+        return Plan("decode", 4, m, TILE, warps=1, stages=1)
+    wide = {32: 128, 16: 256, 8: 256}.get(format.bits, 512)
+    return Plan("decode", 4, m, wide, warps=1, stages=1)
 
 
 def _backward_tiles(format: Format, m: int, slow: bool) -> Plan:
-    if slow:
-        return Plan("tile", 32, min(max(m, 16), 32), TILE if format.pattern == "unstructured" else 32, stages=2)
-    return Plan("tile", 32, min(max(m, 16), 64), TILE, warps=4 if m <= 32 else 8)
+    """64 rows of 2-bit fields, 32 of others, so that a thread has 16 bytes to load."""
+    if slow and format.pattern != "unstructured":
+        return Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)
+    if format.pattern == "unstructured":
+        return Plan("tile", 16 if slow else 32, min(max(m, 16), 16 if slow else 64), TILE, warps=8, stages=2 if slow else 3)
+    narrow = format.quantized and (format.bits < 4 or format.pattern == "sparse24")
+    return Plan("tile", 64 if narrow else 32, min(max(m, 16), 64), TILE, warps=4 if m <= 32 else 8)
 
 
 def with_splits(
     plan: Plan, format: Format, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
 ) -> Plan:
-    """Cut the reduction until two programs fall on each multiprocessor, while the partial sums that are written and
-    read again stay under a quarter of the weight's bytes."""
+    """Cut the reduction until each multiprocessor has work for its warps (16 of `decode_kernel`, which has nothing
+    else to hide the memory's latency with, 8 of the others), while the partial sums that are written and read again
+    stay under a quarter of the weight's bytes."""
     n, k = shape
     outputs, reduced = (n, k) if direction == "forward" else (k, n)
     out_block, block = (plan.block_n, plan.block_k) if direction == "forward" else (plan.block_k, plan.block_n)
     programs = -(-outputs // out_block) * -(-m // plan.block_m)
     density = 1.0 if format.pattern == "dense" else 0.5
     room = reduced * format.bits * density / 8 / 4 / (8 * m)
+    wanted = (16 if plan.kind == "decode" else 8) * multiprocessors
     splits = 1
-    while programs * splits < 2 * multiprocessors and 2 * splits <= min(room, -(-reduced // block), _MOST_SPLITS):
+    while programs * plan.warps * splits < wanted and 2 * splits <= min(room, -(-reduced // block), _MOST_SPLITS):
         splits *= 2
     return replace(plan, splits=splits)

@@ -58,6 +58,12 @@ def interleave4(a, b, c, d):
 
 
 @triton.jit
+def _byte(words, P: tl.constexpr):
+    """Byte P of every word, lifted into fp32."""
+    return (((words >> (8 * P)) & 255) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _nibbles(words, P: tl.constexpr, NUMBER: tl.constexpr):
     """Of every word of eight 4-bit codes the codes P and P + 4."""
     return _lift_pairs((words >> (4 * P)) & 0x000F000F, NUMBER)
@@ -118,6 +124,9 @@ def slot_run(
     """
     if BITS == 0:
         return _load_run(stored, rows, t, ROW_SLOTS, COUNT)
+    elif BITS == 8 and WORDS:
+        words = _load_run(stored.to(tl.pointer_type(tl.uint32), bitcast=True), rows, t, ROW_SLOTS // 4, COUNT // 4)
+        return interleave4(_byte(words, 0), _byte(words, 1), _byte(words, 2), _byte(words, 3))
     elif BITS == 8:
         return lift(_load_run(stored, rows, t, ROW_SLOTS, COUNT), BITS, NUMBER)
     elif BITS == 4 and WORDS:
