@@ -30,10 +30,21 @@ SHAPE = (4096, 4096)
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
+def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str) -> Plan:
+    """m is a row class; direction "forward", "backward" or "dequantize"."""
+    return dense_plan(format) if direction == "dequantize" else plan_for(format, dtype, m, SHAPE, direction)
+
+
+def share_of_a_thread(format: Format, plan: Plan) -> int:
+    """Bits of a tile's first plane that fall on a thread."""
+    width = 2 if format.values == "int3" else format.bits
+    slots = plan.block_n * plan.block_k // (2 if format.pattern == "sparse24" else 1)
+    return slots * width // (32 * plan.warps)
+
+
 def compile_case(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int, plan: Plan | None = None):
-    """The kernel that `launch` starts for 16-byte aligned tensors, m a row class; direction "dequantize" too."""
-    if plan is None:
-        plan = dense_plan(format) if direction == "dequantize" else plan_for(format, dtype, m, SHAPE, direction)
+    """The kernel that `launch` starts for 16-byte aligned tensors."""
+    plan = plan or plan_of(format, dtype, m, direction)
     constants = constants_of(plan, format, dtype, SHAPE[1], direction, True)
     number = _POINTERS[dtype]
     stored = "*u8" if format.quantized else _POINTERS[format_dtype(format)]
@@ -78,6 +89,19 @@ def _main_loop(machine_code: str) -> list[str]:
     return max(loops, key=len, default=longest)
 
 
+def weight_load_bits(ttgir: str) -> int:
+    """The widest piece of a row of the weight that a thread loads at a time: the tiles of x lie the other way."""
+    layouts = {
+        name: int(along) for name, along in re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, (\d+)\]", ttgir)
+    }
+    widths = [0]
+    for line in re.findall(r".*(?:tt\.load|async_copy_global_to_local).*", ttgir):
+        found = re.search(r"tensor<\d+x(\d+)x!tt\.ptr<[a-z]+(\d+)>, (#\w+)>", line)
+        if found and found[3] in layouts:
+            widths.append(int(found[2]) * min(int(found[1]), layouts[found[3]]))
+    return max(widths)
+
+
 def figures(compiled) -> dict[str, int]:
     """Registers, memory, and what stands in the main loop of the machine code."""
     report = _cuobjdump(compiled, "-res-usage")
@@ -88,12 +112,14 @@ def figures(compiled) -> dict[str, int]:
         return sum(re.search(pattern, text) is not None for text in loop)
 
     return {
+        "weight_load_bits": weight_load_bits(compiled.asm["ttgir"]),
         "registers": used["REG"],
         "local_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "loop": len(loop),
         "mma": count(r"\bHMMA"),
         "wgmma": count(r"\bHGMMA"),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", compiled.asm["ptx"])),
         "loads_128_bit": count(r"\b(LDG|LDGSTS)\S*\.128"),
         "loads_narrower": count(r"\b(LDG|LDGSTS)\b(?!\S*\.128)"),
         "shared_stores": count(r"\b(STS|STSM)\b"),
@@ -102,3 +128,64 @@ def figures(compiled) -> dict[str, int]:
         "shuffles": count(r"\bSHFL"),
         "barriers": count(r"\bBAR\b"),
     }
+
+
+#: Formats of each kind, bf16 activations: (GPU, row classes forward, backward).
+FORMATS = ("int4", "int4-asym", "int3", "int2", "int8", "bf16", "sparse24-int4", "sparse24-int3-asym", "sparse24-bf16",
+           "unstructured-int4", "unstructured-int3-asym", "unstructured-bf16")  # fmt: skip
+FEW = ("int4", "sparse24-int4", "unstructured-int4")
+
+
+def cases() -> list[tuple[str, str, int, str, int]]:
+    """(format, activations, rows, direction, GPU): the row classes that get tiles of their own."""
+    found = []
+    for name in FORMATS:
+        wide = name in FEW
+        for gpu, forward, backward in (
+            (90, (1, 2, 16, 32, 64, 128) if wide else (1, 16, 64), (16, 32, 64) if wide else (16, 64)),
+            (80, (1, 2, 16, 64) if wide else (1, 16), (16,)),
+            (89, (64,) if wide or name in ("int8", "sparse24-bf16") else (), ()),
+            (100, (1, 16, 64) if wide else (), (16,) if wide else ()),
+        ):
+            found += [(name, "bf16", m, "forward", gpu) for m in forward]
+            found += [(name, "bf16", m, "backward", gpu) for m in backward]
+        found.append((name, "bf16", 1024, "dequantize", 80))
+    for name in ("int4-asym", "unstructured-int3-asym", "fp16", "int3-g8"):
+        found += [(name, "fp16", 16, direction, 90) for direction in ("forward", "backward")]
+    for name in ("int4-asym", "sparse24-int4", "unstructured-fp32"):
+        found += [(name, "fp32", 16, direction, 80) for direction in ("forward", "backward")]
+    return found
+
+
+def label(case: tuple[str, str, int, str, int]) -> str:
+    name, dtype, m, direction, gpu = case
+    return f"sm_{gpu} {name} {dtype} {direction} {m}"
+
+
+def measure(case: tuple[str, str, int, str, int]) -> dict[str, int]:
+    name, dtype, m, direction, gpu = case
+    return figures(compile_case(parse_format(name), DTYPES[dtype], m, direction, gpu))
+
+
+def read() -> tuple[str, dict[str, dict[str, int]]]:
+    """The version of Triton that the committed figures are of, and they."""
+    data = json.loads(FIGURES.read_text())
+    names = data["figures"]
+    return data["triton"], {name: dict(zip(names, row, strict=True)) for name, row in data["kernels"].items()}
+
+
+def main() -> None:
+    kernels = {}
+    for case in cases():
+        kernels[label(case)] = measure(case)
+        print(label(case), kernels[label(case)], file=sys.stderr, flush=True)
+    names = list(next(iter(kernels.values())))
+    rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(list(row.values()))}" for name, row in kernels.items())
+    FIGURES.write_text(
+        f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "figures": {json.dumps(names)},\n'
+        f'  "kernels": {{\n{rows}\n  }}\n}}\n'
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -116,7 +116,8 @@ def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
     if slow:
         plan = Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)  # larger tiles of fp32 products spill
     elif m <= 64:
-        plan = Plan("tile", 64, max(m, 16), 128)
+        narrow = format.quantized and format.bits < 8
+        plan = Plan("tile", 64, max(m, 16), 128, warps=4 if m <= 32 or narrow else 8)
     else:
         plan = Plan("tile", 128, 128, 64, warps=8)
     if format.pattern == "unstructured":
