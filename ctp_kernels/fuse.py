@@ -151,7 +151,7 @@ def _join_offsets(offsets: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(joined)
 
 
-def fuse(model: nn.Module, wanted: Callable[[PackedLinear], bool]) -> list[list[str]]:
+def fuse(model: nn.Module, wanted: Callable[[PackedLinear], bool] = lambda layer: True) -> list[list[str]]:
     """Fuse the model's packed layers that read the same input, where all of them are `wanted`; return their names.
 
     Groups that there were are dissolved first. A group of which one part is missing, or of another format, is left.

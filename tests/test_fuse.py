@@ -165,24 +165,3 @@ def test_layers_of_other_formats_are_left_alone():
     patch_model(model, fuse=True)
     assert attention(model).k_proj.format.pattern == "sparse24" and attention(model).q_proj.group is None
     assert len(model.ctp_report.fused) == 3
-
-
-@pytest.mark.parametrize("fuse", [False, True])
-def test_compiles_as_one_graph_with_a_static_cache(fuse):
-    """The tokens of a compiled decoding step with a static cache are the eager ones."""
-    from transformers import StaticCache
-
-    model = patch_model(small_model("llama-gqa-tied"), "int4", fuse=fuse)
-    tokens = {}
-    for mode in ("eager", "compiled"):
-        step = model if mode == "eager" else torch.compile(model, fullgraph=True, backend="aot_eager")
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        ids, found = IDS, []
-        at = torch.arange(IDS.shape[1])
-        with torch.no_grad():
-            for _ in range(4):
-                logits = step(input_ids=ids, past_key_values=cache, cache_position=at, use_cache=True).logits
-                ids, at = logits[:, -1:].argmax(-1), at[-1:] + 1
-                found.append(ids)
-        tokens[mode] = torch.cat(found, 1)
-    assert torch.equal(tokens["eager"], tokens["compiled"])

@@ -58,14 +58,18 @@ def options_of(plan: Plan) -> dict[str, Any]:
 
 
 @cache
-def _gpu(index: int) -> tuple[str, int]:
+def _properties(index: int) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(index)
     return properties.name, properties.multi_processor_count
 
 
+def gpu_of(tensor: torch.Tensor) -> tuple[str | None, int]:
+    """The name of the tensor's GPU (None where the interpreter runs) and how many multiprocessors it has."""
+    return _properties(tensor.get_device()) if tensor.is_cuda else (None, MULTIPROCESSORS)
+
+
 def _plan(format: Format, x: torch.Tensor, shape: tuple[int, int], direction: str) -> Plan:
-    gpu, multiprocessors = _gpu(x.device.index or 0) if x.is_cuda else (None, MULTIPROCESSORS)
-    return plan_for(format, x.dtype, row_class(x.shape[0]), shape, direction, gpu, multiprocessors)
+    return plan_for(format, x.dtype, row_class(x.shape[0]), shape, direction, *gpu_of(x))
 
 
 def _weight_arguments(tensors: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:
