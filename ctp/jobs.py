@@ -120,7 +120,9 @@ def train_to_folder(
     }
 
 
-def warm_up_model(model: str, *, rows: str | None = None, dtype: str = "bfloat16", tune: bool = False) -> dict[str, Any]:
+def warm_up_model(
+    model: str, *, rows: str | None = None, dtype: str = "bfloat16", tune: bool = False
+) -> dict[str, Any]:
     """Compile (and tune) the Triton kernels of every kind of packed layer of a model on this machine's GPU.
 
     Raises CTPError where there is no GPU, or no packed layer.
@@ -147,7 +149,7 @@ def warm_up_model(model: str, *, rows: str | None = None, dtype: str = "bfloat16
     for module in net.modules():
         if isinstance(module, PackedLinear):
             group = module.group if module.group is not None and module.group.tensors is not None else None
-            tensors, bias = (module.packed.tensors, module.bias) if group is None else (group.tensors, group.bias)
+            tensors, bias = (module.packed.tensors, module.bias) if group is None else (group.tensors, group.bias())
             shape = (module.out_features if group is None else sum(group.rows), module.in_features)
             kinds.setdefault((module.format, shape, bias is None), Weight(module.format, shape, tensors or [], bias))
     launches = len(kinds) * 2 * len({1 << (count - 1).bit_length() for count in counts})

@@ -43,7 +43,6 @@ class FusedGroup:
     def __init__(self, parts: list[PackedLinear]) -> None:
         self.parts = parts
         self.tensors: list[torch.Tensor] | None = None
-        self.bias: torch.Tensor | None = None
         self._pending: _Pending | None = None
         for place, part in enumerate(parts):
             part.group, part.place = self, place
@@ -65,27 +64,26 @@ class FusedGroup:
         """
         self._pending = None
         if not _alike(self.parts):
-            self.tensors = self.bias = None
+            self.tensors = None
             return
         names = self.parts[0].format.kernel_names
         own = [name for name in names if name not in ("row_offsets", "tile_offsets")]
-        if self.tensors is not None and all(self._is_view(name) for name in own) and self._bias_is_view():
+        if self.tensors is not None and all(self._is_view(name) for name in own):
             return
         gathered = {name: self._gather(name) for name in own}
         if "row_offsets" in names:
             gathered["row_offsets"] = _join_offsets([part.get_buffer("row_offsets") for part in self.parts])
             gathered["tile_offsets"] = tile_offsets(gathered["mask"])
         self.tensors = [gathered[name] for name in names]
-        self.bias = None
-        if self.parts[0].bias is not None:
-            self.bias = torch.cat([part.bias.detach() for part in self.parts if part.bias is not None])
-            for part, piece in zip(self.parts, self.bias.split(self.rows), strict=True):
-                if part.bias is not None:
-                    part.bias.data = piece
+
+    def bias(self) -> torch.Tensor | None:
+        """The parts' biases joined, anew at each call: whoever copies a model gives its parameters new memory."""
+        biases: list[torch.Tensor] = [part.bias for part in self.parts if part.bias is not None]
+        return torch.cat(biases) if biases else None
 
     def run(self, part: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The part's y (..., N), or None where it is to run alone."""
-        if self.tensors is None or (self.bias is not None and any(p.bias.requires_grad for p in self.parts)):  # type: ignore[union-attr]
+        if self.tensors is None:
             return None
         pending = self._pending
         version = 0 if x.is_inference() else x._version
@@ -96,7 +94,7 @@ class FusedGroup:
             or pending.outputs[part.place] is None
         ):
             y = torch.ops.ctp.matmul(
-                x, self.tensors, self.bias, part.format.name, sum(self.rows), part.backend, part.compute
+                x, self.tensors, self.bias(), part.format.name, sum(self.rows), part.backend, part.compute
             )
             pending = self._pending = _Pending(x, version, torch.is_grad_enabled(), list(y.split(self.rows, dim=-1)))
         output, pending.outputs[part.place] = pending.outputs[part.place], None
@@ -115,10 +113,6 @@ class FusedGroup:
         assert self.tensors is not None
         whole = self.tensors[self.parts[0].format.kernel_names.index(name)]
         return _covers(whole, [part.get_buffer(name) for part in self.parts])
-
-    def _bias_is_view(self) -> bool:
-        biases = [part.bias for part in self.parts if part.bias is not None]
-        return not biases if self.bias is None else _covers(self.bias, biases)
 
 
 def _covers(whole: torch.Tensor, pieces: Iterable[torch.Tensor]) -> bool:

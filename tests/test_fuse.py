@@ -24,7 +24,9 @@ def launches(monkeypatch):
     from ctp_kernels.backends import cpu
 
     rows, run = [], cpu.matmul
-    monkeypatch.setattr(cpu, "matmul", lambda x, tensors, format, n, *rest: rows.append(n) or run(x, tensors, format, n, *rest))
+    monkeypatch.setattr(
+        cpu, "matmul", lambda x, tensors, format, n, *rest: rows.append(n) or run(x, tensors, format, n, *rest)
+    )
     return rows  # fmt: skip
 
 
@@ -101,11 +103,12 @@ def test_a_layer_that_is_asked_in_turn_keeps_nothing():
     assert len(groups) == 4 and all(group._pending is None for group in groups)
 
 
-def test_trainable_biases_run_alone_and_get_gradients():
+def test_trainable_biases_get_gradients():
     _, fused = pair("llama-biases", "int4")
     block = attention(fused)
     block.k_proj.bias.requires_grad_(True)
-    (block.q_proj(torch.randn(7, 64)).sum() + block.k_proj(torch.randn(7, 64)).sum()).backward()
+    x = torch.randn(7, 64)
+    (block.q_proj(x).sum() + block.k_proj(x).sum()).backward()
     assert torch.equal(block.k_proj.bias.grad, torch.full((32,), 7.0))
 
 

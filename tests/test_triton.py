@@ -39,6 +39,7 @@ EVERY = {
     for dtype in [("fp16", "bf16")[at % 2]]
 }
 
+DENSE = {"kind": "dense", "block_n": 16, "block_k": 128}
 #: hazard: format, (N, K), M, activations, and what to replace in the plan of forward and backward
 HAZARDS: dict[str, tuple] = {
     "m8_in_the_decode_kernel": ("int4-asym", (21, 300), 8, "fp16", {"kind": "decode", "block_m": 8}),
@@ -61,9 +62,9 @@ HAZARDS: dict[str, tuple] = {
     "fp32_values_fp16_activations": ("unstructured-fp32", (9, 140), 1, "fp16", {}),
     "seven_splits_of_five_tiles": ("int4", (40, 600), 3, "fp16", {"splits": 7}),
     "decode_in_eight_splits": ("unstructured-int3-asym", (40, 600), 1, "bf16", {"splits": 8}),
-    "dense_product": ("sparse24-int3-asym", (37, 204), 5, "fp16", {"kind": "dense", "block_n": 16, "block_k": 128}),
-    "dense_product_unstructured": ("unstructured-bf16", (37, 204), 5, "bf16", {"kind": "dense", "block_n": 16, "block_k": 128}),
-    "dense_product_of_other_dtype": ("fp32", (37, 204), 5, "fp16", {"kind": "dense", "block_n": 16, "block_k": 128}),
+    "dense_product": ("sparse24-int3-asym", (37, 204), 5, "fp16", DENSE),
+    "dense_product_unstructured": ("unstructured-bf16", (37, 204), 5, "bf16", DENSE),
+    "dense_product_of_other_dtype": ("fp32", (37, 204), 5, "fp16", DENSE),
 }  # fmt: skip
 
 
@@ -156,7 +157,9 @@ def odd_places(found, device="cpu"):
         moved = {key: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) if t.dtype == torch.uint8 else t
                  for key, t in packed.buffers.items()}  # fmt: skip
         assert any(t.data_ptr() % 4 for t in moved.values())
-        found[f"off_words-{name}"] = errors_of(PackedWeight(packed.format, packed.shape, packed.dtype, moved), x, dy, bias)
+        found[f"off_words-{name}"] = errors_of(
+            PackedWeight(packed.format, packed.shape, packed.dtype, moved), x, dy, bias
+        )
     if device == "cpu":  # 4 GB of addresses, of which three rows are touched
         packed, x, dy, bias = problem("int4", (9, 140), 3, "fp16", device)
         far = torch.empty(2 * 2**30 + 140, dtype=torch.float16).as_strided((3, 140), (2**30, 1))

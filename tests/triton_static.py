@@ -92,7 +92,8 @@ def _main_loop(machine_code: str) -> list[str]:
 def weight_load_bits(ttgir: str) -> int:
     """The widest piece of a row of the weight that a thread loads at a time: the tiles of x lie the other way."""
     layouts = {
-        name: int(along) for name, along in re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, (\d+)\]", ttgir)
+        name: int(along)
+        for name, along in re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, (\d+)\]", ttgir)
     }
     widths = [0]
     for line in re.findall(r".*(?:tt\.load|async_copy_global_to_local).*", ttgir):

@@ -12,8 +12,9 @@ mma.sync).
 
 Arguments that all share: the buffers of a weight (N, K) as in PackedWeight (a buffer that the format lacks is never
 read); PATTERN; BITS of a code, 0 for floating values; GROUP inputs a scale, 0 for one scale a row; SYMMETRIC;
-SEGMENT, a power of two that divides GROUP; WORDS: all buffers begin on 4 bytes. K is a constant because a model has only a few. With SPLITS > 1 the
-reduction is cut into that many pieces, and the output is fp32 (SPLITS, M, outputs), for `reduce_kernel`.
+SEGMENT, a power of two that divides GROUP; WORDS: all buffers begin on 4 bytes. K is a constant because a model has
+only a few. With SPLITS > 1 the reduction is cut into that many pieces, and the output is fp32 (SPLITS, M, outputs),
+for `reduce_kernel`.
 """
 
 from __future__ import annotations
@@ -212,10 +213,10 @@ def decode_kernel(
     EACH: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
     SEGMENTS: tl.constexpr = BLOCK_K // SEGMENT
 
-    # One accumulator a row of x, in the layout in which the bytes were loaded.
+    # One accumulator a row of x, in the layout in which the bytes were loaded; Triton knows no (*a, b).
     totals = ()
     for _ in tl.static_range(BLOCK_M):
-        totals = totals + (tl.zeros((BLOCK_N, SEGMENTS), dtype=tl.float32),)
+        totals = totals + (tl.zeros((BLOCK_N, SEGMENTS), dtype=tl.float32),)  # noqa: RUF005
     for t in range(split * EACH, tl.minimum(split * EACH + EACH, TILES)):
         k = t * BLOCK_K + tl.arange(0, BLOCK_K)
         tile = unscaled_tile(
@@ -236,7 +237,7 @@ def decode_kernel(
                 part = tl.sum(tl.reshape(part, (BLOCK_N, SEGMENTS, SEGMENT)), 2)
             if BITS > 0:
                 part *= scale
-            sums = sums + (totals[m] + part,)
+            sums = sums + (totals[m] + part,)  # noqa: RUF005
         totals = sums
 
     for m in tl.static_range(BLOCK_M):

@@ -1,7 +1,8 @@
 """Pattern decoders: which slots a tile of inputs takes, and what they are worth. A new pattern is a branch more here.
 
 A tile is inputs BLOCK_K * t .. BLOCK_K * (t + 1) - 1 of R rows. All patterns and all kinds of value end in
-`unscaled_tile` (code - zero, or the number; pruned entries exactly 0) and `group_scales`; `dense_tile` is their product.
+`unscaled_tile` (code - zero, or the number; pruned entries exactly 0) and `group_scales`;
+`dense_tile` is their product.
 """
 
 from __future__ import annotations
@@ -119,9 +120,7 @@ def spread(per_segment, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def group_scales(
-    scales, rows, t, K: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def group_scales(scales, rows, t, K: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr):
     """fp32 (R, BLOCK_K / SEGMENT): the scale of every SEGMENT inputs; SEGMENT divides GROUP."""
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
     group = _group_of(t, GROUP, GROUPS, SEGMENT, BLOCK_K)

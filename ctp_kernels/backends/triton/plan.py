@@ -143,7 +143,9 @@ def _backward_tiles(format: Format, m: int, slow: bool) -> Plan:
     if slow and format.pattern != "unstructured":
         return Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)
     if format.pattern == "unstructured":
-        return Plan("tile", 16 if slow else 32, min(max(m, 16), 16 if slow else 64), TILE, warps=8, stages=2 if slow else 3)
+        return Plan(
+            "tile", 16 if slow else 32, min(max(m, 16), 16 if slow else 64), TILE, warps=8, stages=2 if slow else 3
+        )
     narrow = format.quantized and (format.bits < 4 or format.pattern == "sparse24")
     return Plan("tile", 64 if narrow else 32, min(max(m, 16), 64), TILE, warps=4 if m <= 32 else 8)
 
