@@ -8,7 +8,8 @@ dicts, checkpoints, `unpatch_model` and `explain` see what they would see withou
 The parts are called one by one with the same tensor. The first call multiplies for all of them and keeps the other
 parts' outputs until they are asked for with that very tensor, unchanged since, and in the same grad mode; any other
 input is multiplied anew. So no assumption is made about the order of the calls, and a model that calls only some parts
-is right, if slower.
+is right, if slower. (Under torch.compile and inference_mode a tensor's version cannot be read: there, changing the
+input in place between two parts' calls would go unseen. No model of transformers does.)
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class FusedGroup:
         if self.tensors is None:
             return None
         pending = self._pending
-        version = 0 if x.is_inference() else x._version
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if (
             pending is None
             or pending.x is not x

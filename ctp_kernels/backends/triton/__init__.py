@@ -30,6 +30,8 @@ def unsupported(
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+            return "the GPU is older than Ampere (compute capability 8.0)"
         return None
     if device.type == "cpu" and _interpreted():
         return None
