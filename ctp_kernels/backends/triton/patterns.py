@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .values import bias_of, interleave4, slot_gather, slot_run
+from .values import bias_of, interleave4, lift, slot_gather, slot_run
 
 #: Inputs between two entries of `tile_offsets`: the tile of the unstructured pattern.
 UNSTRUCTURED_TILE = tl.constexpr(128)
@@ -80,8 +80,8 @@ def _unstructured_tile(
 
 
 @triton.jit
-def _sparse24_tile(slots, mask, rows, t, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(R, BLOCK_K) and bool `kept`, from the (R, BLOCK_K / 2) `slots`: a quad's two slots go to its two set bits."""
+def _quads(mask, rows, t, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """uint8 (R, BLOCK_K / 4): the four bits of every quad of tile t."""
     ROW_BYTES: tl.constexpr = (K + 7) // 8
     byte = t * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
     pointers = mask + rows[:, None] * ROW_BYTES + byte[None, :]
@@ -89,13 +89,23 @@ def _sparse24_tile(slots, mask, rows, t, K: tl.constexpr, BLOCK_K: tl.constexpr)
         bits = tl.load(pointers, mask=(byte < ROW_BYTES)[None, :], other=0)
     else:
         bits = tl.load(pointers)
-    quads = tl.interleave(bits & 15, bits >> 4)
+    return tl.interleave(bits & 15, bits >> 4)
+
+
+@triton.jit
+def _expand24(slots, quads, BLOCK_K: tl.constexpr):
+    """(R, BLOCK_K) from the (R, BLOCK_K / 2) `slots`: a quad's two slots go to its two set bits, the others are 0.
+
+    Bit 0 can only be a quad's first entry and bit 3 only its second; bit 1 is the second where bit 0 is set, bit 2
+    where bit 0 or 1 is. (Moving two 16-bit numbers at a time by masks made more instructions, not fewer.)
+    """
     first, second = tl.split(tl.reshape(slots, (slots.shape[0], BLOCK_K // 4, 2)))
-    # Bit 0 can only be a quad's first entry, bit 3 only its second.
     one = tl.where((quads & 1) != 0, second, first)
     two = tl.where((quads & 3) != 0, second, first)
-    kept = interleave4(quads & 1, quads & 2, quads & 4, quads & 8) != 0
-    return interleave4(first, one, two, second), kept
+    return interleave4(
+        tl.where((quads & 1) != 0, first, 0.0), tl.where((quads & 2) != 0, one, 0.0),
+        tl.where((quads & 4) != 0, two, 0.0), tl.where((quads & 8) != 0, second, 0.0),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,6 +138,35 @@ def group_scales(scales, rows, t, K: tl.constexpr, GROUP: tl.constexpr, SEGMENT:
 
 
 @triton.jit
+def _less_zero(
+    lifted,
+    zeros,
+    rows,
+    t,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """code - zero in the dtype of the `lifted` codes (R, BLOCK_K, or half as many slots of as many inputs): a
+    difference of integers of at most 11 bits in fp16, 8 in bf16, 24 in fp32, and so exact."""
+    if SYMMETRIC:
+        return lifted - tl.full((1, 1), bias_of(BITS, NUMBER) + 2 ** (BITS - 1), lifted.dtype)
+    else:
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+        group = _group_of(t, GROUP, GROUPS, SEGMENT, BLOCK_K)
+        zero = tl.load(zeros + rows[:, None] * GROUPS + group[None, :])
+        if BITS == 8:
+            zero = zero.to(tl.float32) + bias_of(BITS, NUMBER)
+        else:  # in the mantissa too: the interpreter's bf16 addition is wrong
+            zero = lift(zero, BITS, NUMBER)
+        return lifted - spread(zero, SEGMENT * lifted.shape[1] // BLOCK_K)
+
+
+@triton.jit
 def unscaled_tile(
     stored,
     stored_hi,
@@ -156,33 +195,26 @@ def unscaled_tile(
     if PATTERN == "dense":
         ROW_SLOTS: tl.constexpr = (K + 7) // 8 * 8
         tile = slot_run(stored, stored_hi, rows, t, BITS, ROW_SLOTS, BLOCK_K, WORDS, NUMBER)
+        if BITS > 0:
+            tile = _less_zero(tile, zeros, rows, t, K, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, NUMBER)
     elif PATTERN == "sparse24":
         HALF: tl.constexpr = (K // 2 + 7) // 8 * 8
         slots = slot_run(stored, stored_hi, rows, t, BITS, HALF, BLOCK_K // 2, WORDS, NUMBER)
-        tile, kept = _sparse24_tile(slots, mask, rows, t, K, BLOCK_K)
+        if BITS > 0:
+            slots = _less_zero(slots, zeros, rows, t, K, BITS, GROUP, SYMMETRIC, SEGMENT, BLOCK_K, NUMBER)
+        tile = _expand24(slots, _quads(mask, rows, t, K, BLOCK_K), BLOCK_K)
     else:
         tl.static_assert(PATTERN == "unstructured" and BLOCK_K == UNSTRUCTURED_TILE)
         tile, kept = _unstructured_tile(
             stored, stored_hi, mask, row_offsets, tile_offsets, rows, t, N, K, BITS, WORDS, NUMBER
         )
-    if BITS > 0:
-        # Between integers of up to 11 bits this difference is exact in fp16, of up to 8 in bf16, 24 in fp32.
-        WIDE: tl.constexpr = NUMBER == tl.float32 or BITS == 8
-        if SYMMETRIC:
-            zero = tl.full((1, 1), bias_of(BITS, NUMBER) + 2 ** (BITS - 1), tl.float32)
-        else:
-            GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+        if BITS > 0:
             # A word of the bitmap at a time: per row, every lane that gathers would load the zeros of all its rows.
-            PIECE: tl.constexpr = 32 if PATTERN == "unstructured" and SEGMENT > 32 else SEGMENT
-            group = _group_of(t, GROUP, GROUPS, PIECE, BLOCK_K)
-            zero = tl.load(zeros + rows[:, None] * GROUPS + group[None, :]).to(tl.float32) + bias_of(BITS, NUMBER)
-            zero = spread(zero, PIECE)
-        if WIDE:
-            tile = (tile.to(tl.float32) - zero).to(NUMBER)
-        else:
-            tile = tile - zero.to(NUMBER)
-    if PATTERN != "dense" and (BITS > 0 or PATTERN == "sparse24"):
-        tile = tl.where(kept, tile, 0.0)
+            PIECE: tl.constexpr = 32 if SEGMENT > 32 else SEGMENT
+            tile = _less_zero(tile, zeros, rows, t, K, BITS, GROUP, SYMMETRIC, PIECE, BLOCK_K, NUMBER)
+            tile = tl.where(kept, tile, 0.0)
+    if BITS > 0:
+        tile = tile.to(NUMBER)
     return tile
 
 

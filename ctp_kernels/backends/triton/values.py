@@ -20,34 +20,34 @@ def bias_of(BITS: tl.constexpr, NUMBER: tl.constexpr):
     """What a lifted code has too much: 2^7 in bf16 (7 bits of mantissa), 2^10 in fp16, 2^23 in fp32."""
     if BITS == 8:
         return 8388608.0
-    elif NUMBER == tl.float16:
-        return 1024.0
-    else:
+    elif NUMBER == tl.bfloat16:
         return 128.0
+    else:
+        return 1024.0
 
 
 @triton.jit
 def lift(codes, BITS: tl.constexpr, NUMBER: tl.constexpr):
-    """code + bias, shaped like uint8 `codes`: in fp32 for 8 bits, else fp16 where NUMBER is fp16, else bf16."""
+    """code + bias, shaped like uint8 `codes`: in fp32 for 8 bits, else in bf16 where NUMBER is bf16, else in fp16."""
     if BITS == 8:
         return (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
-    elif NUMBER == tl.float16:
-        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    else:
+    elif NUMBER == tl.bfloat16:
         return (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    else:
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def _lift_pairs(fields, NUMBER: tl.constexpr):
     """(R, 2 W) from uint32 (R, W): a code in each half of a word, lifted, the lower half first."""
-    if NUMBER == tl.float16:
-        both = fields | 0x64006400
-        low = both.to(tl.uint16).to(tl.float16, bitcast=True)
-        high = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    else:
+    if NUMBER == tl.bfloat16:
         both = fields | 0x43004300
         low = both.to(tl.uint16).to(tl.bfloat16, bitcast=True)
         high = (both >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        both = fields | 0x64006400
+        low = both.to(tl.uint16).to(tl.float16, bitcast=True)
+        high = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
     return tl.interleave(low, high)
 
 
