@@ -17,9 +17,9 @@ from ...format import FLOAT_DTYPES, Format
 from ...patterns import TILE
 from . import tuned
 
-#: From this many rows on: dequantise, then a dense product. Not measured; by arithmetic (weight written and read once
-#: in 16 bits, on an H200) the dense product alone pays for that from about 2000 rows, and a Triton kernel reaches
-#: less of the tensor cores' rate than cuBLAS does.
+#: From this row class on (so from 513 rows): dequantise, then a dense product. Not measured; by arithmetic (weight
+#: written and read once in 16 bits, on an H200) a dense product of 512 rows keeps two thirds of its speed, of 2048
+#: nine tenths, and a Triton kernel reaches less of the tensor cores' rate than cuBLAS does.
 DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
 #: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
 #: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
