@@ -16,7 +16,9 @@ from bench.test_kernels import CASES, EXTRA, SHAPES, ids
 from ctp_kernels import PackedWeight, pack, parse_format
 from ctp_kernels.backends import choose
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 EXACT = [case for case in CASES + EXTRA if len(case) == 3]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

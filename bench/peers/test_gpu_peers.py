@@ -16,7 +16,9 @@ import torch
 from bench.gpu import copies_to_overflow, race
 from ctp_kernels import PackedWeight, pack, parse_format
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 SHAPES = [(4096, 4096), (11008, 4096)]
 ROWS = [1, 16, 64, 256]
 #: A product (x or dy) -> y or dx, for one copy of the weight.
