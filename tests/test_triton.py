@@ -9,13 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from ctp_kernels import FORMATS, PackedWeight, pack, parse_format
+from ctp_kernels import FORMATS, PackedLinear, PackedWeight, pack, parse_format
 from ctp_kernels.backends import triton as backend
 from ctp_kernels.backends.triton.plan import Plan, default_plan, dense_plan, plan_for, row_class
 from tests.helpers import weight_for
@@ -164,11 +166,42 @@ def odd_places(found, device="cpu"):
         found[f"off_words-{name}"] = errors_of(
             PackedWeight(packed.format, packed.shape, packed.dtype, moved), x, dy, bias
         )
+    for name in ("int3-asym", "unstructured-int4"):  # as a model runs them: choose(), the operators, autograd, the rule
+        packed, x, dy, bias = problem(name, (70, 268), 5, "fp16", device)
+        weight = packed.unpack(torch.float64)
+        y = PackedLinear(packed, bias, "triton")(x.requires_grad_())
+        (dx,) = torch.autograd.grad(y, x, dy)
+        found[f"layer-{name}"] = error_of(y.detach(), x.detach(), weight, bias, packed)
+        found[f"layer_dx-{name}"] = error_of(dx, dy, weight.T.contiguous(), None, packed)
     if device == "cpu":  # 4 GB of addresses, of which three rows are touched
         packed, x, dy, bias = problem("int4", (9, 140), 3, "fp16", device)
         far = torch.empty(2 * 2**30 + 140, dtype=torch.float16).as_strided((3, 140), (2**30, 1))
         far.copy_(x)
         found["rows_2^30_apart"] = error_of(forward(packed, far, bias), x, packed.unpack(torch.float64), bias, packed)
+
+
+def tuning(found, device="cpu"):
+    """Every plan that tuning tries gives the same product, and the plan that the clock likes best is kept and used."""
+    from ctp_kernels.backends.triton import tuned, warmup
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(tuned, "user_file", lambda: Path(folder) / "t.json"),
+    ):
+        for name in ("int4", "unstructured-int3-asym"):
+            packed, _, _, bias = problem(name, (20, 140), 1, "fp16", device)
+            weight = warmup.Weight(packed.format, packed.shape, packed.tensors, bias)
+            turn = iter(range(1000, 0, -1))  # later candidates are faster: the dense product, which comes last
+            told: list[int] = []
+            result = warmup.warm_up(
+                [weight], torch.float16, rows=(1, 3), tune=True, seconds=lambda call, turn=turn: next(turn),
+                progress=told.append,
+            )  # fmt: skip
+            kept = tuned.read(Path(folder) / "t.json")[result["gpu"] or "interpreter"]
+            right = len(told) == result["kernels"] == 4 and {plan["kind"] for plan in kept.values()} == {"dense"}
+            found[f"tuning-{name}"] = "" if right else f"{result}"
+    for cached in (tuned._table, plan_for):
+        cached.cache_clear()
 
 
 def check(device="cpu") -> dict[str, str]:
@@ -185,6 +218,7 @@ def check(device="cpu") -> dict[str, str]:
     for hazard, (name, shape, m, dtype, change) in HAZARDS.items():
         found[hazard] = errors_of(*problem(name, shape, m, dtype, device), change)
     odd_places(found, device)
+    tuning(found, device)
     return found
 
 
@@ -193,7 +227,8 @@ CHECKS = [
     *HAZARDS,
     *("strided", "transposed", "no_bias", "empty"),
     *(f"off_words-{name}" for name in ("int4", "int3", "int8", "unstructured-int2")),
-    "rows_2^30_apart",
+    *(f"{what}-{name}" for name in ("int3-asym", "unstructured-int4") for what in ("layer", "layer_dx")),
+    *("rows_2^30_apart", "tuning-int4", "tuning-unstructured-int3-asym"),
 ]
 
 
