@@ -28,17 +28,20 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-# On a machine with a GPU where Python, torch and triton are installed already; needs no network.
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; minutes).
 sanitize: $(VENV)/.installed
 	CTP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -q tests/test_cpu.py
 
+# On a machine with a GPU where Python, torch, triton and pytest are installed already; needs no network.
 gpu:
 	$(PYTHON) -m ctp_kernels._build
 	$(PYTHON) -m pytest tests -m gpu
-	$(PYTHON) -m pytest bench/ --benchmark -k gpu
+	if command -v compute-sanitizer; then \
+		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/test_triton.py -m gpu -k test_on_a_gpu; \
+	else echo "compute-sanitizer is not installed: memory checks skipped"; fi
+	$(PYTHON) -m pytest bench/test_gpu_kernels.py bench/peers/test_gpu_peers.py --benchmark
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ctp_kernels/lib runs

@@ -124,13 +124,3 @@ def ids(case) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_cpu_kernels(interleave, table, request, shape, case, direction, rows):
     run_case(interleave, table, request, "cpu", torch.float32, case, rows, shape, direction)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("direction", ["forward", "dX"])
-@pytest.mark.parametrize("case", CASES + EXTRA, ids=ids)
-@pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_gpu_kernels(interleave, table, request, shape, case, direction, rows):
-    run_case(interleave, table, request, "cuda", torch.float16, case, rows, shape, direction)

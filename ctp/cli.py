@@ -218,6 +218,23 @@ def explain(
 
 
 @command
+def warmup(
+    model: Model,
+    rows: Annotated[str | None, typer.Option(help="row counts, separated by commas (default: 1 to 1024)")] = None,
+    dtype: Annotated[str, typer.Option(help="of the activations: bfloat16, float16 or float32")] = "bfloat16",
+    tune: Annotated[bool, typer.Option(help="also time other tiles, and keep the best for this GPU")] = False,
+    json_file: Json = None,
+) -> None:
+    """Compile every GPU kernel that a packed model needs, so that no first token waits for a compiler."""
+    from ctp.jobs import warm_up_model
+
+    result = warm_up_model(model, rows=rows, dtype=dtype, tune=tune)
+    typer.echo(f"{result['gpu']}: {result['kernels']} launches of {result['layers']} kinds of layer are compiled"
+               + (f", {len(result['tuned'])} plans tuned" if tune else ""))  # fmt: skip
+    _write(json_file, result)
+
+
+@command
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")] = Path("runs/demo"),
     model: Annotated[str, typer.Option(help="embedded:llama or embedded:opt")] = "embedded:llama",

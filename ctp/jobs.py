@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from ctp_kernels import PackedLinear, __version__, as_format
 from ctp_kernels.checkpoints import read_manifest, save_packed
@@ -114,6 +118,44 @@ def train_to_folder(
         "valid_perplexity": result.best_valid,
         "seconds": result.seconds,
     }
+
+
+def warm_up_model(
+    model: str, *, rows: str | None = None, dtype: str = "bfloat16", tune: bool = False
+) -> dict[str, Any]:
+    """Compile (and tune) the Triton kernels of every kind of packed layer of a model on this machine's GPU.
+
+    Raises CTPError where there is no GPU, or no packed layer.
+    """
+    from ctp_kernels.backends.triton.warmup import ROWS, Weight, warm_up
+
+    try:
+        counts = tuple(int(count) for count in rows.split(",")) if rows else ROWS
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise CTPError(f"--rows takes numbers from 1 on, separated by commas, not {rows!r}")
+    number = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(dtype)
+    if number is None:
+        raise CTPError(f"--dtype is bfloat16, float16 or float32, not {dtype!r}")
+    if not torch.cuda.is_available():
+        raise CTPError("ctp warmup compiles kernels for a GPU, and PyTorch finds none on this machine")
+    if importlib.util.find_spec("triton") is None:
+        raise CTPError("ctp warmup compiles Triton kernels, and triton is not installed")
+    net, _ = load_model(model, dtype=number, device="cuda")
+    if not any(isinstance(module, PackedLinear) for module in net.modules()):
+        raise CTPError(f"{model} holds no packed layer: pack it with ctp compress")
+    kinds: dict[tuple, Weight] = {}
+    for module in net.modules():
+        if isinstance(module, PackedLinear):
+            group = module.group if module.group is not None and module.group.tensors is not None else None
+            tensors, bias = (module.packed.tensors, module.bias) if group is None else (group.tensors, group.bias())
+            shape = (module.out_features if group is None else sum(group.rows), module.in_features)
+            kinds.setdefault((module.format, shape, bias is None), Weight(module.format, shape, tensors or [], bias))
+    launches = len(kinds) * 2 * len({1 << (count - 1).bit_length() for count in counts})
+    with tqdm(total=launches, desc="tuning" if tune else "compiling", unit="kernel") as bar:
+        result = warm_up(list(kinds.values()), number, rows=counts, tune=tune, progress=bar.update)
+    return {"layers": len(kinds), **result}
 
 
 def _base_of(model: str) -> str:

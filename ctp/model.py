@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ctp_kernels.checkpoints import MANIFEST, load_packed
 from ctp_kernels.errors import CTPError
+from ctp_kernels.fuse import fuse
 from ctp_kernels.linear import PackedLinear
 
 EMBEDDED = {f"embedded:{name}": Path(__file__).parent / "demo" / name for name in ("llama", "opt")}
@@ -35,6 +36,7 @@ def load_model(
 
     `path` is `embedded:llama` (or `embedded`), `embedded:opt`, a local folder (a packed one is known by its
     ctp_manifest.json) or a hub name. Without `dtype` floating weights are fp32 on the CPU, and as stored elsewhere.
+    On a GPU packed layers that read the same input run in one launch (`ctp_kernels.fuse`).
     Raises CTPError for a missing folder or hub model, one of another shape than LLaMA or OPT, damaged files.
     """
     source = _source(path)
@@ -46,6 +48,8 @@ def load_model(
         for parameter in model.parameters():  # packed buffers keep the bytes they were stored with
             parameter.data = parameter.data.to(wanted)
     nn.Module.to(model, torch.device(device))
+    if torch.device(device).type == "cuda":
+        fuse(model)
     model.requires_grad_(False).eval()
     return cast(PreTrainedModel, model), _load_tokenizer(name)
 

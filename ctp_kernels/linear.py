@@ -11,6 +11,7 @@ from torch import nn
 from . import ops  # noqa: F401  (registers torch.ops.ctp)
 from .errors import CTPError
 from .format import FLOAT_DTYPES
+from .fuse import FusedGroup
 from .packed import PackedWeight
 from .patterns import tile_offsets
 
@@ -24,6 +25,9 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    #: The layers that this one runs together with, if any, and its place among them (see fuse.py).
+    group: FusedGroup | None = None
+    place: int = 0
 
     def __init__(
         self, packed: PackedWeight, bias: torch.Tensor | None = None, backend: str = "auto", compute: str = "exact"
@@ -47,6 +51,10 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.group is not None:
+            y = self.group.run(self, x)
+            if y is not None:
+                return y
         tensors = [self._buffers[name] for name in self.format.kernel_names]
         return torch.ops.ctp.matmul(
             x, tensors, self.bias, self.format.name, self.out_features, self.backend, self.compute
@@ -73,6 +81,8 @@ class PackedLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=before[self.format.buffer_names[0]].device))
         if probe.dtype in FLOAT_DTYPES.values():
             self.dtype = probe.dtype
+        if self.group is not None:
+            self.group.refresh()
         return self
 
     def _load_from_state_dict(
@@ -96,3 +106,5 @@ class PackedLinear(nn.Module):
         )
         if "tile_offsets" in self.format.kernel_names and len(found) == len(own):
             self.tile_offsets = tile_offsets(self.get_buffer("mask"))
+        if self.group is not None:
+            self.group.refresh()

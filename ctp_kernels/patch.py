@@ -13,6 +13,7 @@ from torch import nn
 from .backends import choose
 from .errors import CTPError
 from .format import Format, as_format, parse_format
+from .fuse import fuse as fuse_layers
 from .linear import PackedLinear
 from .packed import pack
 from .patterns import is_sparse24
@@ -36,10 +37,11 @@ class LayerReport:
 
 @dataclass
 class PatchReport:
-    """What `patch_model` did: `layers` that now run packed, `skipped` layer names with the reason."""
+    """What `patch_model` did: `layers` that now run packed, `skipped` layer names with the reason, `fused` groups."""
 
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    fused: list[list[str]] = field(default_factory=list)
 
     @property
     def bytes_dense(self) -> int:
@@ -64,6 +66,7 @@ class PatchReport:
                 f"{layer.bytes_dense:>12,} -> {layer.bytes_packed:>11,}{note}"
             )
         lines += [f"  {name:40} skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  {', '.join(names)} run in one launch" for names in self.fused]
         return "\n".join(lines)
 
 
@@ -74,6 +77,7 @@ def patch_model(
     skip: Sequence[str] = DEFAULT_SKIP,
     backend: str = "auto",
     compute: str = "exact",
+    fuse: bool | None = None,
 ) -> nn.Module:
     """Replace every nn.Linear of the model by a PackedLinear, in place, and return the model.
 
@@ -85,8 +89,9 @@ def patch_model(
     `skip` names layers to leave dense: a full name, a last part (`lm_head`) or a pattern (`*.down_proj`).
     `backend` is "auto" or one of `ctp_kernels.backends.BACKENDS`; `compute` is "exact", or "int8": activations are
     rounded to 8-bit integers per group on the way in, faster from a few rows on, forward only, for formats with codes
-    (`ctp_kernels.backends.COMPUTE` gives the error). Both apply to layers that are packed already, too. The report is
-    `model.ctp_report`.
+    (`ctp_kernels.backends.COMPUTE` gives the error). `fuse`: run q, k, v and gate, up in one launch each, where they
+    have one format; by default on a GPU only, where it pays (see fuse.py). All three apply to layers that are packed
+    already, too. The report is `model.ctp_report`.
 
     Raises CTPError, before anything is changed, when nothing matched, a skip matches no layer, a weight holds
     NaN, a format does not fit a shape, or a named backend cannot run it.
@@ -129,6 +134,7 @@ def patch_model(
         report.layers.append(_layer_report(name, layer, "pruned to 2:4 by magnitude" if pruned else ""))
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda layer: order[layer.name])
+    report.fused = fuse_layers(model, lambda layer: layer.packed.tensors[0].is_cuda if fuse is None else fuse)
     model.ctp_report = report  # type: ignore[assignment]
     return model
 
@@ -152,7 +158,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 @dataclass
 class Explanation:
-    """Rows of `explain`: layer, format, shape, and for each direction the backend and why others were passed over."""
+    """Rows of `explain`: layer, format, shape, for each direction the backend and why others were passed over, and
+    the rows of the launch, more than the layer's where it is fused with others."""
 
     rows: list[dict]
 
@@ -190,6 +197,8 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
                 compute = layer.compute if direction == "forward" else "exact"
                 choice = choose(layer.format, shape, dtype, device, direction, layer.backend, compute)
                 row[direction], row["why_" + direction] = choice.backend, choice.why
+            group = layer.group
+            row["launch_rows"] = shape[0] if group is None or group.tensors is None else sum(group.rows)
             rows.append(row)
     if not rows:
         raise CTPError(f"{type(model).__name__} holds no packed layer: call patch_model first")

@@ -138,3 +138,4 @@ def test_wheel_without_a_compiler(tmp_path: Path) -> None:
     shipped = {name for name in inside if name.startswith("ctp_kernels/csrc/")}
     wanted = {p.relative_to(ROOT) for name in ("cpu", "cuda") for p in _build.sources(name)}
     assert shipped == {f"ctp_kernels/{path}" for path in wanted}
+    assert "ctp_kernels/backends/triton/tuned.json" in inside

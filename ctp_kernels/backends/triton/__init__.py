@@ -1,4 +1,8 @@
-"""Triton kernels for NVIDIA GPUs: one forward kernel, dense pattern, every kind of value. Triton is imported on use."""
+"""Triton kernels for NVIDIA GPUs: every pattern, every kind of value, forward and backward.
+
+plan.py chooses, launch.py launches, kernels.py loops over tiles, patterns.py and values.py decode them, tuned.py keeps
+what was measured, warmup.py compiles (and measures) ahead of use. Triton is imported on use.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,13 @@ def unsupported(
     """Why this backend cannot do it, or None. CPU tensors are taken only under Triton's own interpreter."""
     if compute != "exact":
         return "it has no int8 activations"
-    if direction != "forward":
-        return "the Triton backend has no backward kernel yet"
-    if format.pattern != "dense":
-        return f"the Triton kernel has no {format.pattern} decoder yet"
     if dtype not in FLOAT_DTYPES.values():
         return f"activations are {_name(dtype)}, not float32, float16 or bfloat16"
-    if not format.quantized and dtype not in (FLOAT_DTYPES[str(format.values)], torch.float32):
-        return f"{format.values} values would be rounded to {_name(dtype)} activations"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+            return "the GPU is older than Ampere (compute capability 8.0)"
         return None
     if device.type == "cpu" and _interpreted():
         return None
@@ -47,9 +47,16 @@ def matmul(
     compute: str = "exact",
 ) -> torch.Tensor:
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
-    from .kernel import matmul as run
+    from .launch import matmul as run
 
     return run(x, tensors, format, n, bias)
+
+
+def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, k: int) -> torch.Tensor:
+    """dx (M, K) = dy (M, N) W, summed in fp32, rounded once to dy's dtype."""
+    from .launch import matmul_t as run
+
+    return run(dy, tensors, format, k)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -57,6 +64,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _interpreted() -> bool:
-    from .kernel import interpreted
+    from .launch import interpreted
 
     return interpreted()

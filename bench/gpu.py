@@ -1,0 +1,69 @@
+"""Timing on a GPU: weights that are not in the L2 cache, launched one by one and inside a CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+Calls = Sequence[Callable[[], object]]
+
+
+def copies_to_overflow(nbytes: int) -> int:
+    """How many copies of a weight together take four times the L2 cache, so that each is read from memory."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, -(-4 * cache // nbytes))
+
+
+def race(contenders: dict[str, Calls], *, graph: bool, seconds: float = 0.3, least: int = 7) -> dict[str, dict]:
+    """Time contenders in turn, so that a change of the clock meets all: {name: {median, low, high}} in seconds a call.
+
+    A round of a contender is one call for each of its copies of the weight. `graph`: the round is captured once and
+    replayed, so that the launch from Python costs nothing; otherwise it is launched anew, as eager code does.
+    """
+    rounds = {name: _captured(calls) if graph else _eager(calls) for name, calls in contenders.items()}
+    for _ in range(3):
+        for run in rounds.values():
+            run()
+    once = sum(_seconds(run) for run in rounds.values())
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(max(least, min(200, int(seconds / max(once, 1e-6))))):
+        for name, run in rounds.items():
+            times[name].append(_seconds(run) / len(contenders[name]))
+    found = {}
+    for name, measured in times.items():
+        fifths = statistics.quantiles(measured, n=5)
+        found[name] = {"median": statistics.median(measured), "low": fifths[0], "high": fifths[3]}
+    return found
+
+
+def _eager(calls: Calls) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _captured(calls: Calls) -> Callable[[], None]:
+    run = _eager(calls)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles, and chooses algorithms
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,169 @@
+"""Which kernel with which tiles: the one rule of this backend. Imports no Triton.
+
+    plan_for(format, dtype, m, (n, k), direction) -> Plan
+
+looks into the table of this GPU (measured by `ctp warmup --tune`, or shipped in tuned.json), and otherwise follows a
+plain rule. **The rule is not measured**: no GPU was at hand when it was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ...format import FLOAT_DTYPES, Format
+from ...patterns import TILE
+from . import tuned
+
+#: From this row class on (so from 513 rows): dequantise, then a dense product. Not measured; by arithmetic (weight
+#: written and read once in 16 bits, on an H200) a dense product of 512 rows keeps two thirds of its speed, of 2048
+#: nine tenths, and a Triton kernel reaches less of the tensor cores' rate than cuBLAS does.
+DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
+#: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
+#: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
+DECODE_ROWS = 2
+#: Multiprocessors to fill where there is no GPU to ask (the interpreter, ahead-of-time compilation): an H100's.
+MULTIPROCESSORS = 132
+_MOST_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel and its tiles. kind: "decode", "tile" (tensor cores) or "dense" (dequantise, then torch.matmul).
+
+    block_n, block_m, block_k: rows of W, rows of x or dy, inputs of a tile. splits: pieces of the reduction, summed
+    by `reduce_kernel` in a fixed order.
+    """
+
+    kind: str
+    block_n: int
+    block_m: int
+    block_k: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def row_class(m: int) -> int:
+    """Row counts that share a plan: the next power of two, up to the largest that a tile of rows holds."""
+    return 1 << (max(m, 1) - 1).bit_length()
+
+
+def widens(format: Format, dtype: torch.dtype) -> bool:
+    """Whether operands are widened to fp32 before they are multiplied: floating values in another dtype than the
+    activations', of which neither is rounded to the other."""
+    return not format.quantized and FLOAT_DTYPES[str(format.values)] != dtype
+
+
+def segment_of(format: Format, k: int, block_k: int, most: int | None = None) -> int:
+    """The largest power of two that divides the group, at most `block_k` (and `most`)."""
+    most = min(block_k, most or block_k)
+    group = format.group_size
+    if not format.quantized or group is None or format.groups(k) == 1:
+        return most
+    return min(group & -group, most)
+
+
+@lru_cache(maxsize=4096)
+def plan_for(
+    format: Format,
+    dtype: torch.dtype,
+    m: int,
+    shape: tuple[int, int],
+    direction: str,
+    gpu: str | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Plan:
+    """The plan for `m` rows of activations of `dtype` and a weight of `shape` (N, K); `m` a `row_class`.
+
+    `gpu` is the device's name, or None to ask no table.
+    """
+    if gpu is not None:
+        found = tuned.lookup(gpu, tuned.key(format, dtype, m, shape, direction))
+        if found is not None:
+            return Plan(**found)
+    return default_plan(format, dtype, m, shape, direction, multiprocessors)
+
+
+def default_plan(
+    format: Format, dtype: torch.dtype, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
+) -> Plan:
+    """The rule where no table answers."""
+    if m >= DENSE_FROM_ROWS[direction]:
+        return dense_plan(format)
+    slow = widens(format, dtype) or dtype == torch.float32  # fp32 products do not run on tensor cores
+    if direction == "backward":
+        plan = _backward_tiles(format, m, slow)
+    elif m <= DECODE_ROWS:
+        plan = _decode_tiles(format, m)
+    else:
+        plan = _forward_tiles(format, shape[1], m, slow)
+    return with_splits(plan, format, m, shape, direction, multiprocessors)
+
+
+def dense_plan(format: Format) -> Plan:
+    """Dequantise in tiles of this size, then torch.matmul."""
+    return Plan("dense", 16, 0, TILE, stages=2)
+
+
+def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
+    """BLOCK_K divides the group where a power of two of 32 or more does, so that the scale stays out of the product."""
+    if slow:
+        plan = Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)  # larger tiles of fp32 products spill
+    elif m <= 64:
+        narrow = format.quantized and format.bits < 8
+        plan = Plan("tile", 64, max(m, 16), 128, warps=4 if m <= 32 or narrow else 8)
+    else:
+        plan = Plan("tile", 128, 128, 64, warps=8)
+    if format.pattern == "unstructured":
+        most = 32 if format.quantized else 64  # the addresses of gathered codes take registers
+        return replace(plan, block_k=TILE, block_n=16 if slow else 64, block_m=min(plan.block_m, most), warps=8)
+    segment = segment_of(format, k, plan.block_k)
+    return replace(plan, block_k=segment) if segment >= 32 else plan
+
+
+def _decode_tiles(format: Format, m: int) -> Plan:
+    """One warp and four rows of W: the layouts of x and W then differ only within a warp, which needs no barrier.
+
+    64 codes a lane (32 of 8 bits, or numbers): more rows or inputs cost registers, and so warps in flight.
+    """
+    if format.pattern == "unstructured":
+        return Plan("decode", 4, m, TILE, warps=1, stages=1)
+    wide = {32: 128, 16: 256, 8: 256}.get(format.bits, 512)
+    return Plan("decode", 4, m, wide, warps=1, stages=1)
+
+
+def _backward_tiles(format: Format, m: int, slow: bool) -> Plan:
+    """64 rows of 2-bit fields, 32 of others, so that a thread has 16 bytes to load."""
+    if slow and format.pattern != "unstructured":
+        return Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)
+    if format.pattern == "unstructured":
+        return Plan(
+            "tile", 16 if slow else 32, min(max(m, 16), 16 if slow else 64), TILE, warps=8, stages=2 if slow else 3
+        )
+    narrow = format.quantized and (format.bits < 4 or format.pattern == "sparse24")
+    return Plan("tile", 64 if narrow else 32, min(max(m, 16), 64), TILE, warps=4 if m <= 32 else 8)
+
+
+def with_splits(
+    plan: Plan, format: Format, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
+) -> Plan:
+    """Cut the reduction until each multiprocessor has work for its warps (16 of `decode_kernel`, which has nothing
+    else to hide the memory's latency with, 8 of the others), while the partial sums that are written and read again
+    stay under a quarter of the weight's bytes."""
+    n, k = shape
+    outputs, reduced = (n, k) if direction == "forward" else (k, n)
+    out_block, block = (plan.block_n, plan.block_k) if direction == "forward" else (plan.block_k, plan.block_n)
+    programs = -(-outputs // out_block) * -(-m // plan.block_m)
+    density = 1.0 if format.pattern == "dense" else 0.5
+    room = reduced * format.bits * density / 8 / 4 / (8 * m)
+    wanted = (16 if plan.kind == "decode" else 8) * multiprocessors
+    splits = 1
+    while programs * plan.warps * splits < wanted and 2 * splits <= min(room, -(-reduced // block), _MOST_SPLITS):
+        splits *= 2
+    return replace(plan, splits=splits)
