@@ -89,8 +89,8 @@ int in_chunks(const Problem& p, const Launch& launch) {
   const int64_t width = p.transposed ? p.w->k : p.w->n;  // of an output row; elements are 2 bytes
   for (int64_t m0 = 0; m0 < p.m; m0 += CHUNK) {
     const int64_t m = p.m - m0 < CHUNK ? p.m - m0 : CHUNK;
-    const int status = launch(static_cast<const char*>(p.x) + m0 * p.ldx * 2, int(m),
-                              static_cast<char*>(p.y) + m0 * width * 2);
+    const int status =
+        launch(static_cast<const char*>(p.x) + m0 * p.ldx * 2, int(m), static_cast<char*>(p.y) + m0 * width * 2);
     if (status != CTP_OK) return status;
   }
   return CTP_OK;
@@ -105,8 +105,7 @@ int launch_matmul(const Problem& p) {
     const int steps = int((p.w->k + TILE_K - 1) / TILE_K);
     const dim3 tiles(unsigned((p.w->n + Shape::OUTPUTS - 1) / Shape::OUTPUTS),
                      unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
-    const int blocks =
-        blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4);
+    const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4);
     MatmulCall call = {};
     call.w = device_weight<Tile>(*p.w);
     call.x = {x, p.ldx, m, int(p.w->k), aligned(x, PIECE) && p.ldx * 2 % PIECE == 0};
@@ -135,7 +134,7 @@ int launch_matmul_t(const Problem& p) {
   });
 }
 
-// Rows of x pick the instance. A wide tile has two panels of 16 rows of W a warp, so that x is read half as often.
+// Rows of x pick the instance. Two panels of 16 rows of W a warp read x half as often, where registers allow it.
 template <class Tile, class Span, int WIDE, int PANELS>
 int by_rows(const Problem& p) {
   if (p.transposed) return p.m <= 16 ? launch_matmul_t<Span, 2>(p) : launch_matmul_t<Span, 4>(p);
@@ -149,9 +148,9 @@ template <class V>
 int dense_by_group(const Problem& p) {
   using Tile = DenseTile<V, 1>;
   using Span = DenseSpan<V>;
-  if (p.transposed || p.w->group >= p.w->k || p.w->group % TILE_K == 0) return by_rows<Tile, Span, 8, 2>(p);
+  if (p.transposed || p.w->group >= p.w->k || p.w->group % TILE_K == 0) return by_rows<Tile, Span, 8, 1>(p);
   if (p.m <= 16) return launch_matmul<DenseTile<V, 4>, 2, 1>(p);
-  return launch_matmul<DenseTile<V, 4>, 8, 2>(p);
+  return launch_matmul<DenseTile<V, 4>, 8, 1>(p);
 }
 
 template <template <typename> class V>
@@ -161,7 +160,7 @@ int dense(const Problem& p) {
 
 template <class V>
 int sparse24(const Problem& p) {
-  return by_rows<Sparse24Tile<V>, Sparse24Span<V>, 8, 2>(p);
+  return by_rows<Sparse24Tile<V>, Sparse24Span<V>, 8, V::CODES ? 1 : 2>(p);
 }
 
 template <class V>

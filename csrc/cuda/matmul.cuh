@@ -1,7 +1,7 @@
 // y = x W^T + bias on tensor cores: one kernel for every pattern, kind of value and number of rows.
 //
-// It computes y^T = W x^T: W is the left operand (16 rows of W, 8 rows of x an instruction), so that few rows of x waste
-// little. A block has four warps; each owns 16 PANELS rows of W and all NT * 8 rows of x. In steps of 128 inputs:
+// It computes y^T = W x^T: W is the left operand (16 rows of W, 8 rows of x an instruction), so that few rows of x
+// waste little. A block has four warps; each owns 16 PANELS rows of W and all NT * 8 rows of x. In steps of 128 inputs:
 //
 //   x      -> shared memory by cp.async, STAGES deep, read by all four warps
 //   weight -> registers, straight from global memory, DEPTH steps ahead, never in shared memory: nobody else needs it.
@@ -26,7 +26,9 @@ struct MatmulCall {
 
 template <class Tile, int NT, int PANELS>
 struct MatmulShape {
-  static constexpr int STAGES = NT <= 2 ? 4 : 3, DEPTH = NT <= 2 ? (sizeof(Tile) <= 80 ? 4 : 2) : (PANELS == 1 ? 2 : 1);
+  static constexpr int STAGES = NT <= 2 ? 4 : 3;
+  static constexpr bool SMALL = NT <= 2 && sizeof(Tile) <= 80 && !Tile::ROW_OFFSETS;
+  static constexpr int DEPTH = PANELS == 2 ? 1 : SMALL ? 4 : 2;  // what 255 registers hold
   static constexpr int OUTPUTS = WARPS * 16 * PANELS, ROWS = NT * 8;
   static constexpr int STAGE_BYTES = ROWS * ROW_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
 };
@@ -51,13 +53,13 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       rows[panel][r] = min(n0 + 16 * panel + g + 8 * r, w.n - 1);
-      if (w.row_offsets != nullptr) row_octets[panel][r] = w.row_offsets[rows[panel][r]];
+      if constexpr (Tile::ROW_OFFSETS) row_octets[panel][r] = w.row_offsets[rows[panel][r]];
     }
 
   const auto stage_x = [&](int tile) {
     if (tile < end)
       stage<Shape::ROWS, Tile::SPARSE_MMA ? 8 : 16>(call.x, m0, tile * TILE_K,
-                                                     stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
+                                                    stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
     ptx::commit_copies();
   };
   Tile weights[Shape::DEPTH][PANELS];
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
 #pragma unroll
   for (int ahead = 0; ahead < Shape::STAGES - 1; ++ahead) stage_x(begin + ahead);
 
-  float sum[PANELS * NT * 4] = {};
+  float sum[PANELS * NT][4] = {};  // fragments: panel by panel, 8 rows of x each
   for (int first = begin; first < end; first += Shape::DEPTH) {
 #pragma unroll
     for (int ahead = 0; ahead < Shape::DEPTH; ++ahead) {
@@ -81,21 +83,23 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
       const unsigned char* x = stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES;
       Tile(&now)[PANELS] = weights[ahead];
 
-      float part[PANELS][NT][4] = {};  // the sum of one group, not yet scaled
-      const auto add_part = [&](int group) {
+      float group_sum[SCALED ? PANELS * NT : 1][4] = {};  // not yet scaled
+      const auto into = [&](int panel, int nt) -> float (&)[4] {
+        if constexpr (SCALED)
+          return group_sum[panel * NT + nt];
+        else
+          return sum[panel * NT + nt];
+      };
+      const auto scale_group = [&](int group) {
+        if constexpr (SCALED) {
 #pragma unroll
-        for (int panel = 0; panel < PANELS; ++panel)
-#pragma unroll
-          for (int nt = 0; nt < NT; ++nt)
+          for (int f = 0; f < PANELS * NT; ++f)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              float& total = sum[(panel * NT + nt) * 4 + i];
-              if constexpr (SCALED)
-                total = fmaf(now[panel].groups.scale[i / 2][group], part[panel][nt][i], total);
-              else
-                total += part[panel][nt][i];
-              part[panel][nt][i] = 0;
+              sum[f][i] = fmaf(now[f / NT].groups.scale[i / 2][group], group_sum[f][i], sum[f][i]);
+              group_sum[f][i] = 0;
             }
+        }
       };
       if constexpr (Tile::SPARSE_MMA) {
         uint32_t metadata[PANELS][2];
@@ -115,9 +119,9 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
 #pragma unroll
             for (int panel = 0; panel < PANELS; ++panel) {
               if (step < 2)
-                ptx::mma_sparse<T, 0>(part[panel][nt], a[panel], b, metadata[panel][step % 2]);
+                ptx::mma_sparse<T, 0>(into(panel, nt), a[panel], b, metadata[panel][step % 2]);
               else
-                ptx::mma_sparse<T, 1>(part[panel][nt], a[panel], b, metadata[panel][step % 2]);
+                ptx::mma_sparse<T, 1>(into(panel, nt), a[panel], b, metadata[panel][step % 2]);
             }
           }
         }
@@ -134,15 +138,15 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
                 ptx::load_shared<uint4>(x + dense_place(8 * nt + g, PARTS == 1 ? 4 * t + octet : 4 * octet + t));
 #pragma unroll
             for (int panel = 0; panel < PANELS; ++panel) {
-              const uint32_t(&p)[2][4] = a[panel];
-              ptx::mma<T>(part[panel][nt], {p[0][0], p[1][0], p[0][1], p[1][1]}, b.x, b.y);
-              ptx::mma<T>(part[panel][nt], {p[0][2], p[1][2], p[0][3], p[1][3]}, b.z, b.w);
+              const uint32_t (&p)[2][4] = a[panel];
+              ptx::mma<T>(into(panel, nt), {p[0][0], p[1][0], p[0][1], p[1][1]}, b.x, b.y);
+              ptx::mma<T>(into(panel, nt), {p[0][2], p[1][2], p[0][3], p[1][3]}, b.z, b.w);
             }
           }
-          if constexpr (PARTS == 4) add_part(octet);
+          if constexpr (PARTS == 4) scale_group(octet);
         }
       }
-      if constexpr (PARTS == 1) add_part(0);
+      if constexpr (PARTS == 1) scale_group(0);
 #pragma unroll
       for (int panel = 0; panel < PANELS; ++panel)
         if (tile + Shape::DEPTH < end) now[panel].load(w, rows[panel], (tile + Shape::DEPTH) * TILE_K, t);
@@ -164,7 +168,7 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
         const int m = m0 + 8 * nt + 2 * t + i % 2;
-        const float total = sum[(panel * NT + nt) * 4 + i];
+        const float total = sum[panel * NT + nt][i];
         if (m < call.x.rows) store(y + int64_t(m) * w.n + n, bias == nullptr ? total : total + add);
       }
     }

@@ -33,6 +33,29 @@ struct MatmulTShape {
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
 };
 
+// A lane's part of a row of W: 16 inputs, with their scale and zero. Rows beyond N are read as the last one; dy is zero
+// there.
+template <class Span>
+struct Part {
+  using V = typename Span::Values;
+  Span span;
+  int row;
+  float scale;
+  uint32_t zero;
+  __device__ __forceinline__ void load(const Weight& w, int n, int k0, int g) {
+    row = min(n, w.n - 1);
+    span.load(w, row, k0, g);
+    if constexpr (V::CODES) {
+      scale = scale_at(w, row, k0 + 16 * g);
+      zero = zero_at<V>(w, row, k0 + 16 * g);
+    }
+  }
+  __device__ __forceinline__ void octet(const Weight& w, int i, int g, uint32_t (&out)[4]) const {
+    span.octet(w, row, i, g, V::zero(V::CODES ? zero : 0), out);
+    if constexpr (V::CODES) scale_octet<typename V::Type>(out, scale, w.half_scales);
+  }
+};
+
 template <class Span, int NT>
 __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
   using Shape = MatmulTShape<NT>;
@@ -47,8 +70,7 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
 
   const auto stage_dy = [&](int tile) {
     if (tile < end)
-      stage<Shape::ROWS, 16>(call.dy, m0, tile * TILE_K,
-                             stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
+      stage<Shape::ROWS, 16>(call.dy, m0, tile * TILE_K, stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
     ptx::commit_copies();
   };
 #pragma unroll
@@ -56,20 +78,12 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
 
   float sum[8][NT][4] = {};  // fragment i: inputs k0 + 16 g + 2 i (row g) and + 2 i + 1 (row g + 8)
   for (int tile = begin; tile < end; ++tile) {
-    // Lane t owns rows 32 warp + 8 t .. + 7 of the 128: columns 2t, 2t+1, 2t+8, 2t+9 of two fragments. Rows beyond N
-    // are read as the last one; dy is zero there.
+    // Lane t owns rows 32 warp + 8 t .. + 7 of the 128: columns 2t, 2t+1, 2t+8, 2t+9 of two fragments.
     const int n0 = tile * TILE_K + 32 * warp + 8 * t;
-    Span spans[8];
-    float scale[8];
-    uint32_t zero[8];
+    Part<Span> parts[Span::EARLY ? 8 : 1];
+    if constexpr (Span::EARLY) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int row = min(n0 + j, w.n - 1);
-      spans[j].load(w, row, k0, g);
-      if constexpr (V::CODES) {
-        scale[j] = scale_at(w, row, k0 + 16 * g);
-        zero[j] = zero_at<V>(w, row, k0 + 16 * g);
-      }
+      for (int j = 0; j < 8; ++j) parts[j].load(w, n0 + j, k0, g);
     }
     ptx::wait_copies<Shape::STAGES - 2>();
     ptx::sync_threads();
@@ -79,15 +93,21 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) b[nt] = ptx::load_shared<uint4>(dy + dense_place(8 * nt + g, 4 * warp + t));
 #pragma unroll
-    for (int octet = 0; octet < 2; ++octet)
+    for (int half = 0; half < 2; ++half) {
+      Part<Span> late[Span::EARLY ? 1 : 4];
+      if constexpr (!Span::EARLY) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+        for (int j = 0; j < 4; ++j) late[j].load(w, n0 + 4 * half + j, k0, g);
+      }
+#pragma unroll
+      for (int octet = 0; octet < 2; ++octet) {
         uint32_t row[4][4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int of = 4 * half + j;
-          spans[of].octet(w, min(n0 + of, w.n - 1), octet, g, V::zero(V::CODES ? zero[of] : 0), row[j]);
-          if constexpr (V::CODES) scale_octet<T>(row[j], scale[of], w.half_scales);
+          if constexpr (Span::EARLY)
+            parts[4 * half + j].octet(w, octet, g, row[j]);
+          else
+            late[j].octet(w, octet, g, row[j]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -98,6 +118,7 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
             ptx::mma<T>(sum[4 * octet + i][nt], a, half ? b[nt].z : b[nt].x, half ? b[nt].w : b[nt].y);
         }
       }
+    }
   }
 
   // The four warps add up in shared memory, in order; then thread i owns columns i of the block's tile.
@@ -122,15 +143,17 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
   }
   ptx::sync_threads();
   static_assert(THREADS == TILE_K, "a thread a column");
-  float total[Shape::ROWS];
+  float total[Shape::ROWS / 4][4];
 #pragma unroll
-  for (int m = 0; m < Shape::ROWS; ++m) total[m] = ptx::load_shared<float>(stages + (m * TILE_K + threadIdx.x) * 4);
+  for (int m = 0; m < Shape::ROWS; ++m)
+    total[m / 4][m % 4] = ptx::load_shared<float>(stages + (m * TILE_K + threadIdx.x) * 4);
   if (gridDim.z > 1) ptx::sync_threads();
   if (!add_up(call.shared, total, stages)) return;
   const int k = k0 + int(threadIdx.x);
 #pragma unroll
   for (int m = 0; m < Shape::ROWS; ++m)
-    if (k < w.k && m0 + m < call.dy.rows) store(static_cast<T*>(call.dx) + int64_t(m0 + m) * w.k + k, total[m]);
+    if (k < w.k && m0 + m < call.dy.rows)
+      store(static_cast<T*>(call.dx) + int64_t(m0 + m) * w.k + k, total[m / 4][m % 4]);
 }
 
 }  // namespace ctp

@@ -48,9 +48,9 @@ __device__ __forceinline__ void scatter4(uint32_t stored01, uint32_t stored23, u
   out23 = scatter2(ptx::funnel_right(stored01, stored23, 16 * ptx::ones(bits & 3)), bits >> 2 & 3);
 }
 
-// Places of the two bits in each nibble of `quads`: the lower place in bits 0-1, the higher in bits 2-3, as mma.sp wants
-// them. With bits m0..m3 of a nibble: lower = m0 ? 0 : m1 ? 1 : 2, higher = m3 ? 3 : m2 ? 2 : 1. An empty nibble (beyond
-// K, where values and x are zero) reads as 2 and 3: places must rise.
+// Places of the two bits in each nibble of `quads`: the lower place in bits 0-1, the higher in bits 2-3, as mma.sp
+// wants them. With bits m0..m3 of a nibble: lower = m0 ? 0 : m1 ? 1 : 2, higher = m3 ? 3 : m2 ? 2 : 1. An empty nibble
+// (beyond K, where values and x are zero) reads as 2 and 3: places must rise.
 __device__ __forceinline__ uint32_t places(uint32_t quads) {
   const uint32_t up = quads << 1, down = quads >> 1, last = ~up & ~quads & 0x22222222u;
   return (down & ~quads & 0x11111111u) | last | ((down | ~quads) & 0x44444444u) |
@@ -81,7 +81,7 @@ template <class V, int PARTS_>
 struct DenseTile {
   using Values = V;
   static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, MASK_OCTETS = 0;
-  static constexpr bool SPARSE_MMA = false;
+  static constexpr bool SPARSE_MMA = false, ROW_OFFSETS = false;
   uint32_t low[2][V::LOW_BYTES], high[2][1];
   GroupTile<V, PARTS> groups;
 
@@ -132,7 +132,7 @@ template <class V>
 struct Sparse24Tile {
   using Values = V;
   static constexpr int PARTS = 1, OCTETS = 2, MASK_OCTETS = 16;
-  static constexpr bool SPARSE_MMA = true;
+  static constexpr bool SPARSE_MMA = true, ROW_OFFSETS = false;
   uint32_t low[2][V::LOW_BYTES / 2], high[2][1], mask[2][4];
   GroupTile<V, 1> groups;
 
@@ -167,8 +167,10 @@ struct Sparse24Tile {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t two = step | (step + 4) << 4;
-      const uint32_t all = ptx::bytes(ptx::bytes(mask[r][0], mask[r][1], two), ptx::bytes(mask[r][2], mask[r][3], two),
-                                      0x5410) >> shift & 0x0F0F0F0Fu;
+      const uint32_t all =
+          ptx::bytes(ptx::bytes(mask[r][0], mask[r][1], two), ptx::bytes(mask[r][2], mask[r][3], two), 0x5410) >>
+              shift &
+          0x0F0F0F0Fu;
       half[r] = all | all >> 4;  // nibbles 0, 1 in byte 0 and 2, 3 in byte 2
     }
     return places(ptx::bytes(half[0], half[1], 0x6420));
@@ -209,12 +211,21 @@ __device__ __forceinline__ void load_sparse_octet(const Weight& w, int64_t row_o
   }
 }
 
+// Word `word` of a row's 128 bits, and the bits set in the words before it. Selects, not an index: registers have none.
+__device__ __forceinline__ uint32_t own_word(const uint32_t (&mask)[4], int word) {
+  return word < 2 ? (word == 0 ? mask[0] : mask[1]) : (word == 2 ? mask[2] : mask[3]);
+}
+__device__ __forceinline__ int ones_before(const uint32_t (&mask)[4], int word) {
+  return (word > 0 ? ptx::ones(mask[0]) : 0) + (word > 1 ? ptx::ones(mask[1]) : 0) +
+         (word > 2 ? ptx::ones(mask[2]) : 0);
+}
+
 // Load sparse, compute dense. A lane finds its entries from tile_offsets and the bits of the spans before its own.
 template <class V>
 struct UnstructuredTile {
   using Values = V;
   static constexpr int PARTS = 1, OCTETS = 0, MASK_OCTETS = 16;
-  static constexpr bool SPARSE_MMA = false;
+  static constexpr bool SPARSE_MMA = false, ROW_OFFSETS = true;
   uint32_t mask[2][4];
   int position[2];
   GroupTile<V, 1> groups;
@@ -232,12 +243,10 @@ struct UnstructuredTile {
                                         uint32_t (&out)[2][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t(&m)[4] = mask[r];
-      const uint32_t own = t < 2 ? (t == 0 ? m[0] : m[1]) : (t == 2 ? m[2] : m[3]);
-      int before = position[r] + ptx::ones(own & ((1u << 8 * i) - 1));
-      before += (t > 0 ? ptx::ones(m[0]) : 0) + (t > 1 ? ptx::ones(m[1]) : 0) + (t > 2 ? ptx::ones(m[2]) : 0);
-      load_sparse_octet<V>(w, row_octets[r], before, own >> 8 * i & 0xFF,
-                           V::zero(V::CODES ? groups.zero[r][0] : 0), out[r]);
+      const uint32_t own = own_word(mask[r], t);
+      const int before = position[r] + ones_before(mask[r], t) + ptx::ones(own & ((1u << 8 * i) - 1));
+      load_sparse_octet<V>(w, row_octets[r], before, own >> 8 * i & 0xFF, V::zero(V::CODES ? groups.zero[r][0] : 0),
+                           out[r]);
     }
   }
 };
@@ -251,8 +260,7 @@ __device__ __forceinline__ void scale_octet(uint32_t (&out)[4], float scale, boo
     for (int i = 0; i < 4; ++i) out[i] = ptx::fma2<T>(out[i], both, 0x80008000u);  // -0 keeps the sign of a zero
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out[i] = ptx::pack2<T>(Number<T>::low(out[i]) * scale, Number<T>::high(out[i]) * scale);
+    for (int i = 0; i < 4; ++i) out[i] = ptx::pack2<T>(Number<T>::low(out[i]) * scale, Number<T>::high(out[i]) * scale);
   }
 }
 
@@ -260,16 +268,17 @@ template <class V>
 struct DenseSpan {
   using Values = V;
   static constexpr int OCTETS = 2, MASK_OCTETS = 0;
+  static constexpr bool EARLY = true;  // loads of a whole step are sent off before its first use
   uint32_t low[words_for(2 * V::LOW_BYTES)], high[1];
 
   __device__ __forceinline__ void load(const Weight& w, int row, int k0, int g) {
     const int octet = k0 / 8 + 2 * g;
     const int64_t from = int64_t(row) * w.row_octets + octet;
     load_octets<2, V::LOW_BYTES>(w.low, from, w.row_octets - octet, w.vector_low, low);
-    if constexpr (V::HIGH_BYTES)
-      load_octets<2, V::HIGH_BYTES>(w.high, from, w.row_octets - octet, w.vector_high, high);
+    if constexpr (V::HIGH_BYTES) load_octets<2, V::HIGH_BYTES>(w.high, from, w.row_octets - octet, w.vector_high, high);
   }
-  __device__ __forceinline__ void octet(const Weight&, int, int i, int, typename V::Zero zero, uint32_t (&out)[4]) const {
+  __device__ __forceinline__ void octet(const Weight&, int, int i, int, typename V::Zero zero,
+                                        uint32_t (&out)[4]) const {
     V::decode(low, high, i, zero, out);
   }
 };
@@ -278,6 +287,7 @@ template <class V>
 struct Sparse24Span {
   using Values = V;
   static constexpr int OCTETS = 1, MASK_OCTETS = 2;
+  static constexpr bool EARLY = true;
   uint32_t low[words_for(V::LOW_BYTES)], high[1], mask[1];
 
   __device__ __forceinline__ void load(const Weight& w, int row, int k0, int g) {
@@ -288,7 +298,8 @@ struct Sparse24Span {
     load_octets<2, 1>(w.mask, int64_t(row) * w.mask_octets + mask_octet, w.mask_octets - mask_octet, w.vector_mask,
                       mask);
   }
-  __device__ __forceinline__ void octet(const Weight&, int, int i, int, typename V::Zero zero, uint32_t (&out)[4]) const {
+  __device__ __forceinline__ void octet(const Weight&, int, int i, int, typename V::Zero zero,
+                                        uint32_t (&out)[4]) const {
     uint32_t pairs[4];
     V::decode(low, high, 0, zero, pairs);
     scatter4(pairs[2 * i], 0, mask[0] >> 8 * i & 15, out[0], out[1]);
@@ -300,6 +311,7 @@ template <class V>
 struct UnstructuredSpan {
   using Values = V;
   static constexpr int OCTETS = 0, MASK_OCTETS = 16;
+  static constexpr bool EARLY = false;  // its values can only be found when the mask is there
   uint32_t mask[4];
   int position;
 
@@ -309,15 +321,9 @@ struct UnstructuredSpan {
   }
   __device__ __forceinline__ void octet(const Weight& w, int row, int i, int g, typename V::Zero zero,
                                         uint32_t (&out)[4]) const {
-    const int shift = g % 2 * 16 + 8 * i;
-    int before = position;
-    uint32_t own = 0;
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      if (g / 2 > word) before += ptx::ones(mask[word]);
-      if (g / 2 == word) own = mask[word];
-    }
-    before += ptx::ones(own & ((1u << shift) - 1));
+    const int word = g / 2, shift = g % 2 * 16 + 8 * i;
+    const uint32_t own = own_word(mask, word);
+    const int before = position + ones_before(mask, word) + ptx::ones(own & ((1u << shift) - 1));
     load_sparse_octet<V>(w, w.row_offsets[row], before, own >> shift & 0xFF, zero, out);
   }
 };

@@ -83,13 +83,13 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define CTP_MMA(TYPE, NAME)                                                                                        \
-  template <>                                                                                                      \
-  __device__ __forceinline__ void mma<TYPE>(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {       \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                            \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                  \
+#define CTP_MMA(TYPE, NAME)                                                                                    \
+  template <>                                                                                                  \
+  __device__ __forceinline__ void mma<TYPE>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                              \
   }
 CTP_MMA(__half, "f16")
 CTP_MMA(__nv_bfloat16, "bf16")
@@ -97,17 +97,17 @@ CTP_MMA(__nv_bfloat16, "bf16")
 
 template <typename T, int SELECTOR>
 struct SparseMma;
-#define CTP_SPARSE_MMA(TYPE, NAME)                                                                                 \
-  template <int SELECTOR>                                                                                          \
-  struct SparseMma<TYPE, SELECTOR> {                                                                               \
-    static __device__ __forceinline__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],      \
-                                               uint32_t metadata) {                                                \
-      asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." NAME "." NAME                     \
-                   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"      \
-                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),       \
-                     "r"(metadata), "n"(SELECTOR));                                                                \
-    }                                                                                                              \
+#define CTP_SPARSE_MMA(TYPE, NAME)                                                                            \
+  template <int SELECTOR>                                                                                     \
+  struct SparseMma<TYPE, SELECTOR> {                                                                          \
+    static __device__ __forceinline__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], \
+                                               uint32_t metadata) {                                           \
+      asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." NAME "." NAME                \
+                   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;" \
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+                     "r"(metadata), "n"(SELECTOR));                                                           \
+    }                                                                                                         \
   };
 CTP_SPARSE_MMA(__half, "f16")
 CTP_SPARSE_MMA(__nv_bfloat16, "bf16")

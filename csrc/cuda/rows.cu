@@ -129,7 +129,7 @@ int by_alignment(const ctp_weight& w, const void* x, int64_t ldx, int64_t m, con
 }  // namespace ctp
 
 extern "C" int ctp_cuda_int4_rows(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias,
-                                    void* y, int32_t dtype, void* stream) {
+                                  void* y, int32_t dtype, void* stream) {
   using namespace ctp;
   if (weight == nullptr || m < 0) return CTP_BAD_ARGUMENT;
   ctp_weight w = *weight;

@@ -34,8 +34,8 @@ __device__ __forceinline__ int sparse_row(int row, int step, int matrix) {
   return row * ROW_BYTES + 16 * ((4 * step + matrix) ^ (row & 7));
 }
 
-// Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`; what lies outside becomes zero. Counts for this
-// thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
+// Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`; what lies outside becomes zero. Counts for
+// this thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
 template <int ROWS, int BYTES>
 __device__ __forceinline__ void stage(const Activations& x, int r0, int c0, unsigned char* tile) {
   constexpr int PIECES = ROW_BYTES / BYTES, ELEMENTS = BYTES / 2;
@@ -74,8 +74,9 @@ struct Shared {
 // Adds up `sum` over the gridDim.z blocks of an output tile; true in the one block that came last and now holds the
 // total. It adds in the order of blockIdx.z, so the result does not depend on who was last, and sets the counter back
 // to zero, so that a captured graph can run again. `flag`: 4 bytes of shared memory that nobody uses any more.
-template <int COUNT>
-__device__ __forceinline__ bool add_up(const Shared& shared, float (&sum)[COUNT], unsigned char* flag) {
+template <int FRAGMENTS>
+__device__ __forceinline__ bool add_up(const Shared& shared, float (&sum)[FRAGMENTS][4], unsigned char* flag) {
+  constexpr int COUNT = FRAGMENTS * 4;
   if (gridDim.z == 1) return true;
   const unsigned tile = blockIdx.y * gridDim.x + blockIdx.x, tiles = gridDim.x * gridDim.y;
   const auto slice = [&](unsigned z) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ bool add_up(const Shared& shared, float (&sum)[COUNT]
   };
   float* mine = slice(blockIdx.z);
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) mine[i * THREADS] = sum[i];
+  for (int i = 0; i < COUNT; ++i) mine[i * THREADS] = sum[i / 4][i % 4];
   ptx::fence();
   ptx::sync_threads();
   if (threadIdx.x == 0) ptx::store_shared(flag, ptx::arrive(shared.counters + tile));
@@ -91,11 +92,11 @@ __device__ __forceinline__ bool add_up(const Shared& shared, float (&sum)[COUNT]
   if (ptx::load_shared<uint32_t>(flag) != gridDim.z - 1) return false;
   ptx::fence();
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) sum[i] = 0;
+  for (int i = 0; i < COUNT; ++i) sum[i / 4][i % 4] = 0;
   for (unsigned z = 0; z < gridDim.z; ++z) {
     const float* from = slice(z);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) sum[i] += ptx::load_l2(from + i * THREADS);
+    for (int i = 0; i < COUNT; ++i) sum[i / 4][i % 4] += ptx::load_l2(from + i * THREADS);
   }
   if (threadIdx.x == 0) shared.counters[tile] = 0;
   return true;

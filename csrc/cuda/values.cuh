@@ -17,9 +17,7 @@ template <>
 struct Number<__half> {
   static constexpr uint32_t MAGIC = 0x64006400, ONE = 0x3C003C00, SIXTEENTH = 0x2C002C00;
   static constexpr uint32_t MINUS_MAGIC = 0xE400E400, MINUS_MAGIC_16TH = 0xD400D400;  // -1024, -64
-  static __device__ __forceinline__ float low(uint32_t pair) {
-    return __half2float(__ushort_as_half(uint16_t(pair)));
-  }
+  static __device__ __forceinline__ float low(uint32_t pair) { return __half2float(__ushort_as_half(uint16_t(pair))); }
   static __device__ __forceinline__ float high(uint32_t pair) {
     return __half2float(__ushort_as_half(uint16_t(pair >> 16)));
   }

@@ -53,8 +53,8 @@ struct Fiber {
   bool started, finished;
   const unsigned* gate;  // it may go on when *gate is no longer `closed`
   unsigned closed;
-  std::vector<Copy> open;                 // cp.async, not yet committed
-  std::deque<std::vector<Copy>> groups;   // committed, oldest first
+  std::vector<Copy> open;                // cp.async, not yet committed
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
 struct Warp {

@@ -125,8 +125,7 @@ void ctp_emulator_metadata(const uint8_t* bitmap, uint32_t* out) {
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     ctp::Sparse24Tile<ctp::Float<__half>> tile;
     const int rows[2] = {g, g + 8};
-    for (int r = 0; r < 2; ++r)
-      ctp::load_octets<16, 1>(w.mask, int64_t(rows[r]) * 16, 16, false, tile.mask[r]);
+    for (int r = 0; r < 2; ++r) ctp::load_octets<16, 1>(w.mask, int64_t(rows[r]) * 16, 16, false, tile.mask[r]);
     for (int j = 0; j < 2; ++j) out[(2 * (t / 2) + j) * 32 + lane] = tile.metadata(j, t);
   });
 }

@@ -44,9 +44,10 @@ template <typename T>
 inline float b_entry(MmaLane* const* all, int row, int column) {
   return number<T>(half_of(all[column * 4 + row % 8 / 2]->b[row / 8], row % 2));
 }
-// C += a . B for row-major a (16, K): products exact, summed in fp64, rounded once. A GPU rounds more often.
+// C += a . B for row-major a (16, K): products exact, summed in fp64, rounded once. A GPU rounds more often. Entries of
+// a that are not stored are not multiplied: a NaN beside them is lost.
 template <typename T, int K>
-inline void accumulate(MmaLane* const* all, const float (&a)[16][K]) {
+inline void accumulate(MmaLane* const* all, const float (&a)[16][K], const bool (*stored)[K] = nullptr) {
   float b[K][8];
   for (int k = 0; k < K; ++k)
     for (int column = 0; column < 8; ++column) b[k][column] = b_entry<T>(all, k, column);
@@ -54,7 +55,8 @@ inline void accumulate(MmaLane* const* all, const float (&a)[16][K]) {
     for (int column = 0; column < 8; ++column) {
       float& c = all[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
       double sum = 0;
-      for (int k = 0; k < K; ++k) sum += double(a[row][k]) * b[k][column];
+      for (int k = 0; k < K; ++k)
+        if (stored == nullptr || stored[row][k]) sum += double(a[row][k]) * b[k][column];
       c = float(c + sum);
     }
 }
@@ -143,6 +145,7 @@ void mma_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], u
   emulator::warp_wide("mma.sp", line, mine, [](emulator::MmaLane** all) {
     const int selector = emulator::bugs & emulator::SWAP_SELECTOR ? 1 - SELECTOR : SELECTOR;
     float full[16][32] = {};
+    bool stored[16][32] = {};
     for (int row = 0; row < 16; ++row)
       for (int quad = 0; quad < 8; ++quad) {
         const uint32_t word = all[row % 8 * 4 + 2 * selector + quad / 4]->metadata;
@@ -150,8 +153,9 @@ void mma_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], u
         if (first >= second) emulator::fail("the places of mma.sp::ordered_metadata do not rise");
         full[row][4 * quad + first] = emulator::a_entry<T>(all, row, 2 * quad);
         full[row][4 * quad + second] = emulator::a_entry<T>(all, row, 2 * quad + 1);
+        stored[row][4 * quad + first] = stored[row][4 * quad + second] = true;
       }
-    emulator::accumulate<T>(all, full);
+    emulator::accumulate<T>(all, full, stored);
   });
 }
 
@@ -164,8 +168,8 @@ template <typename T>
 uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t out = 0;
   for (int half = 0; half < 2; ++half) {
-    const double product = double(emulator::number<T>(emulator::half_of(a, half))) *
-                           emulator::number<T>(emulator::half_of(b, half));
+    const double product =
+        double(emulator::number<T>(emulator::half_of(a, half))) * emulator::number<T>(emulator::half_of(b, half));
     const double exact = product + emulator::number<T>(emulator::half_of(c, half));
     // To fp32 by round-to-odd, so that the second rounding sees on which side of a tie the number lay.
     float near = float(exact);

@@ -1,0 +1,146 @@
+"""What nvcc makes of csrc/cuda: no warning, no spill, the instructions that were promised, registers as committed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ctp_kernels import _build
+from ctp_kernels.backends import cuda
+
+from . import static_table
+
+ROOT = Path(__file__).parents[1]
+HALF_TYPES = ("fp16", "bf16")
+
+
+@cache
+def compiled_library() -> ctypes.CDLL:
+    """The real library, compiled by nvcc where the installation has not done it yet."""
+    try:
+        _build.find_compiler("cuda")
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    return cuda.declare(_build.load("cuda"))
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return Path(compiled_library()._name)
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    found = static_table.find_cuobjdump()
+    if found is None:
+        pytest.skip("no cuobjdump beside nvcc or in the triton package")
+    return found
+
+
+@pytest.fixture(scope="module")
+def usage(library, cuobjdump) -> dict[str, dict[str, list[int]]]:
+    return static_table.usage(cuobjdump, library)
+
+
+def test_no_kernel_spills_on_any_architecture(library, cuobjdump, usage):
+    report = subprocess.run([cuobjdump, "-res-usage", str(library)], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^arch = sm_(\w+)", report, re.MULTILINE)) == set(_build.CUDA_ARCHITECTURES)
+    assert all(set(by_arch) == set(_build.CUDA_ARCHITECTURES) for by_arch in usage.values())
+    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert len(functions) == len(usage) * len(_build.CUDA_ARCHITECTURES)
+    assert [name for name, _, stack, local in functions if (stack, local) != ("0", "0")] == []
+
+
+def test_registers_and_shared_memory_are_as_committed(usage):
+    """Regenerate with `python -m tests.static_table`, and say in the commit why it changed."""
+    committed = json.loads((ROOT / "csrc/cuda/static.json").read_text())
+    if committed["nvcc"] != static_table.nvcc_version():
+        pytest.skip(f"the table was made by nvcc {committed['nvcc']}")
+    assert usage == committed["kernels"]
+
+
+def test_no_warnings(tmp_path):
+    """One architecture with warnings as errors; the others compile the same source."""
+    try:
+        nvcc = _build.find_compiler("cuda")
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    flags = (
+        "-std=c++17",
+        "-O1",
+        "-Werror",
+        "all-warnings",
+        "-Xcompiler",
+        "-Wall",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    )
+
+    def compile(source: Path) -> str:
+        command = [nvcc, *flags, "-c", str(source), "-o", str(tmp_path / f"{source.name}.o")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return f"{source.name}: {done.stdout}{done.stderr}" if done.returncode or done.stderr else ""
+
+    sources = [source for source in _build.sources("cuda") if source.suffix == ".cu"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert [said for said in pool.map(compile, sources) if said] == []
+
+
+@cache
+def sass(cuobjdump: str, library: Path, kernel: str, architecture: str) -> str:
+    """The machine code of the kernel that `static_table.readable` calls so."""
+    name = static_table.mangled(cuobjdump, library)[kernel]
+    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}", "-fun", name, str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert name in text
+    return text
+
+
+PROMISED = {
+    "matmul dense int4 {}, rows of x 8": ("HMMA.16816.F32", "LDG.E.128", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "matmul dense int8 {}, rows of x 64": ("HMMA.16816.F32", "LDG.E.128", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "matmul dense int3 {}, rows of x 16": ("HMMA.16816.F32", "LDG.E.64", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "matmul sparse24 float {}, rows of x 64, two panels": ("HMMA.SP.16832.F32", "LDG.E.128", "LDGSTS.E.64", "LDSM"),
+    "matmul sparse24 int4 {}, rows of x 8": ("HMMA.SP.16832.F32", "LDG.E.128", "LDGSTS.E.64", "LDSM"),
+    "matmul unstructured float {}, rows of x 16": ("HMMA.16816.F32", "LDG.E.128", "LDGSTS.E.BYPASS.128"),
+    "matmul_t dense int4 {}, rows of dy 16": ("HMMA.16816.F32", "LDG.E.64", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "matmul_t dense int8 {}, rows of dy 32": ("HMMA.16816.F32", "LDG.E.128", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "matmul_t sparse24 float {}, rows of dy 32": ("HMMA.16816.F32", "LDG.E.128", "LDGSTS.E.BYPASS.128"),
+}
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("kernel", PROMISED)
+def test_the_promised_instructions_are_there(library, cuobjdump, kernel, architecture):
+    """Inside the main loop: between the first barrier and the last jump back before the sums are shared."""
+    for dtype in HALF_TYPES:
+        text = sass(cuobjdump, library, kernel.format(dtype), architecture)
+        loop = main_loop(text)
+        for instruction in PROMISED[kernel]:
+            assert instruction in loop, f"{instruction} is not in the main loop of {kernel.format(dtype)}"
+
+
+def main_loop(text: str) -> str:
+    """The instructions between the target and the place of the backward jump that spans the most."""
+    code = {int(address, 16): line for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/]*;)", text)}
+    jumps = [
+        (int(target, 16), address)
+        for address, line in code.items()
+        for target in re.findall(r"BRA(?:\.\w+)*\s+(?:\S+,\s*)?(?:`\(\S+\)\s*)?0x([0-9a-f]+)", line)
+        if int(target, 16) < address
+    ]
+    assert jumps, "no loop"
+    start, stop = max(jumps, key=lambda jump: jump[1] - jump[0])
+    return "\n".join(line for address, line in code.items() if start <= address <= stop)
+
+
+def test_every_kernel_of_the_table_is_named_once(library, cuobjdump):
+    assert shutil.which("c++filt") is None or len(static_table.mangled(cuobjdump, library)) > 0
