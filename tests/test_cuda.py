@@ -108,7 +108,7 @@ def test_a_small_workspace_means_fewer_blocks(library, monkeypatch):
 @pytest.mark.parametrize("view", ["padded_rows", "transposed", "misaligned", "expanded", "empty"])
 def test_strided_activations(library, view, name):
     n, k = 16, 256
-    packed, _, bias = problem(name, (n, k), 1, torch.float16)
+    packed, _, _ = problem(name, (n, k), 1, torch.float16)
     for width, run, check in ((k, forward, assert_right), (n, backward, assert_right_t)):
         base = torch.randn(6, 2 * width + 1, dtype=torch.float16)
         x = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_ldmatrix(library):
     library.ctp_emulator_ldmatrix(pointer(matrices), pointer(out))
     for lane in range(32):
         for i in range(4):
-            first = matrices.view(4, 8, 8)[i, lane // 4, 2 * (lane % 4)]
+            first = int(matrices.view(4, 8, 8)[i, lane // 4, 2 * (lane % 4)])
             assert out[lane, i] == first + (first + 1) * 65536
 
 
@@ -165,18 +166,18 @@ def test_seeded_bugs_that_show_in_the_result(library, format, bug):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (("bug", "no_barrier", "int4", "forward"), "without a barrier between"),
-        (("bug", "no_barrier", "sparse24-int4", "forward"), "without a barrier between"),
-        (("bug", "no_barrier", "int4", "backward"), "without a barrier between"),
+        (("bug", "no_barrier", "int4", "forward"), "never written|without a barrier between"),
+        (("bug", "no_barrier", "sparse24-int4", "forward"), "never written|without a barrier between"),
+        (("bug", "no_barrier", "int4", "backward"), "never written|without a barrier between"),
         (("bug", "no_wait", "int4", "forward"), "asynchronous copy may still write"),
         (("bug", "no_wait", "int3", "backward"), "asynchronous copy may still write"),
         (("bug", "no_convergence", "int4", "forward"), "lanes of a warp meet at different instructions"),
         (("copy", "1"), "asynchronous copy may still write"),
-        (("copy", "2"), "without a barrier between"),
+        (("copy", "2"), "never written|without a barrier between"),
         (("diverge", "0"), "others never reach"),
         (("diverge", "1"), "different barriers"),
     ],
 )
 def test_seeded_bugs_end_the_process(arguments, message):
     done = emulated.in_a_process(*arguments)
-    assert done.returncode != 0 and message in done.stderr, done.stdout + done.stderr
+    assert done.returncode != 0 and re.search(message, done.stderr), done.stdout + done.stderr

@@ -128,7 +128,10 @@ template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {
   emulator::MmaLane mine = {c, {a[0], a[1], a[2], a[3]}, {b0, b1, 0, 0}, 0};
   if (emulator::bugs & emulator::SWAP_FRAGMENT) std::swap(mine.a[1], mine.a[2]);
-  if (emulator::bugs & emulator::NO_CONVERGENCE && threadIdx.x % 32 == 5) return;
+  if (emulator::bugs & emulator::NO_CONVERGENCE && threadIdx.x % 32 == 5) {
+    emulator::bugs &= ~emulator::NO_CONVERGENCE;  // lane 5 leaves out one instruction
+    return;
+  }
   emulator::warp_wide("mma", line, mine, [](emulator::MmaLane** all) {
     float full[16][16];
     for (int row = 0; row < 16; ++row)
