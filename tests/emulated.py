@@ -136,16 +136,16 @@ def assert_right_t(dx: torch.Tensor, dy: torch.Tensor, packed: PackedWeight) -> 
 
 
 def guarded(tensor: torch.Tensor, keep: list) -> torch.Tensor:
-    """A copy whose last byte is the last before a page that cannot be read."""
-    page = mmap.PAGESIZE
-    pages = max(1, -(-tensor.nbytes // page))
+    """A copy on 16 bytes whose last byte (of the last 16) is the last before a page that cannot be read."""
+    page, nbytes = mmap.PAGESIZE, -(-tensor.nbytes // 16) * 16
+    pages = max(1, -(-nbytes // page))
     region = mmap.mmap(-1, (pages + 1) * page)
     keep.append(region)
     start = ctypes.addressof(ctypes.c_char.from_buffer(region))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(ctypes.c_void_p(start + pages * page), ctypes.c_size_t(page), 0):
         raise OSError(ctypes.get_errno(), "mprotect")
-    flat = torch.frombuffer(region, dtype=torch.uint8)[pages * page - tensor.nbytes : pages * page]
+    flat = torch.frombuffer(region, dtype=torch.uint8)[pages * page - nbytes :][: tensor.nbytes]
     return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

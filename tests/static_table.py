@@ -74,14 +74,16 @@ def mangled(cuobjdump: str, library: Path) -> dict[str, str]:
 
 
 def shared_bytes(kernel: str) -> int:
-    """Shared memory that the launch asks for: the stages of MatmulShape and MatmulTShape."""
+    """Shared memory that the launch asks for, as MatmulShape and MatmulTShape compute it."""
     match = re.search(r"rows of (x|dy) (\d+)", kernel)
     assert match
     rows = int(match[2])
     if kernel.startswith("int4_rows"):
         return 0
-    stages = 4 if match[1] == "x" and rows <= 16 else 3
-    return stages * rows * 256
+    if kernel.startswith("matmul unstructured"):
+        slot = 16 * (16 if " float " in kernel else 4) + 16
+        return 3 * (rows * 256 + 64 * slot)
+    return (4 if match[1] == "x" and rows <= 16 else 3) * rows * 256
 
 
 def usage(cuobjdump: str, library: Path) -> dict[str, dict[str, list[int]]]:

@@ -46,7 +46,8 @@ bool group_fits(const ctp_weight& w, bool transposed) {
 
 bool well_formed(const ctp_weight& w) {
   const bool codes = w.values >= CTP_INT8;
-  const int octet = w.values == CTP_INT8 ? 8 : codes ? 4 : 16;  // bytes that a kernel reads at once at least
+  // Bytes that a kernel reads at once at least.
+  const int octet = w.pattern == CTP_UNSTRUCTURED || !codes ? 16 : w.values == CTP_INT8 ? 8 : 4;
   if (w.n < 1 || w.k < 1 || w.n > INT32_MAX - 1024 || w.k > INT32_MAX - 1024 || !aligned(w.stored, octet)) return false;
   if (w.stored == nullptr && w.pattern != CTP_UNSTRUCTURED) return false;  // an all-zero weight stores nothing
   if ((w.values == CTP_INT3) != (w.stored_hi != nullptr) || (w.pattern == CTP_DENSE) != (w.mask == nullptr))

@@ -78,7 +78,10 @@ int start(void (*kernel)(Call), const Call& call, dim3 grid, int shared_bytes, c
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, call);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, call);
   return error == cudaSuccess ? CTP_OK : CUDA_STATUS + int(error);
 }
 
@@ -99,7 +102,7 @@ int in_chunks(const Problem& p, const Launch& launch) {
 template <class Tile, int NT, int PANELS>
 int launch_matmul(const Problem& p) {
   using Shape = MatmulShape<Tile, NT, PANELS>;
-  static_assert(Shape::SHARED_BYTES <= 48 * 1024, "more needs cudaFuncSetAttribute");
+  static_assert(Shape::SHARED_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
   return in_chunks<Shape::ROWS>(p, [&](const void* x, int m, void* y) {
     constexpr int PIECE = Tile::SPARSE_MMA ? 8 : 16;
     const int steps = int((p.w->k + TILE_K - 1) / TILE_K);
@@ -119,7 +122,7 @@ int launch_matmul(const Problem& p) {
 template <class Span, int NT>
 int launch_matmul_t(const Problem& p) {
   using Shape = MatmulTShape<NT>;
-  static_assert(Shape::SHARED_BYTES <= 48 * 1024, "more needs cudaFuncSetAttribute");
+  static_assert(Shape::SHARED_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
   return in_chunks<Shape::ROWS>(p, [&](const void* dy, int m, void* dx) {
     const int steps = int((p.w->n + TILE_K - 1) / TILE_K);
     const dim3 tiles(unsigned((p.w->k + TILE_K - 1) / TILE_K), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));

@@ -6,6 +6,7 @@
 //   x      -> shared memory by cp.async, STAGES deep, read by all four warps
 //   weight -> registers, straight from global memory, DEPTH steps ahead, never in shared memory: nobody else needs it.
 //             The loads of the steps to come stay under way across the barrier of this one.
+//             Unstructured entries lie at no fixed place, so they do go through shared memory, a slot a row.
 //
 // Integers code - zero are multiplied; the sum of a group is scaled in fp32. So a row of x with a single 1 gives the
 // decoded weight bit for bit, and no scale is rounded. Sums of several blocks along K (gridDim.z) meet in `add_up`.
@@ -26,15 +27,17 @@ struct MatmulCall {
 
 template <class Tile, int NT, int PANELS>
 struct MatmulShape {
-  static constexpr int STAGES = NT <= 2 ? 4 : 3;
+  static constexpr int STAGES = NT <= 2 && Tile::SLOT_BYTES == 0 ? 4 : 3;
   static constexpr bool SMALL = NT <= 2 && sizeof(Tile) <= 80 && !Tile::ROW_OFFSETS;
   static constexpr int DEPTH = PANELS == 2 ? 1 : SMALL ? 4 : 2;  // what 255 registers hold
   static constexpr int OUTPUTS = WARPS * 16 * PANELS, ROWS = NT * 8;
-  static constexpr int STAGE_BYTES = ROWS * ROW_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int X_BYTES = ROWS * ROW_BYTES, SLOTS_BYTES = 16 * Tile::SLOT_BYTES;  // of one warp
+  static constexpr int STAGE_BYTES = X_BYTES + WARPS * SLOTS_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
+  static_assert(PANELS == 1 || Tile::SLOT_BYTES == 0, "slots for one panel");
 };
 
 template <class Tile, int NT, int PANELS>
-__global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
+__global__ void __launch_bounds__(THREADS, 2) matmul(const MatmulCall call) {
   using Shape = MatmulShape<Tile, NT, PANELS>;
   using T = typename Tile::Values::Type;
   constexpr int PARTS = Tile::PARTS;
@@ -56,10 +59,15 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
       if constexpr (Tile::ROW_OFFSETS) row_octets[panel][r] = w.row_offsets[rows[panel][r]];
     }
 
-  const auto stage_x = [&](int tile) {
-    if (tile < end)
-      stage<Shape::ROWS, Tile::SPARSE_MMA ? 8 : 16>(call.x, m0, tile * TILE_K,
-                                                    stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
+  const auto stage_at = [&](int tile) { return stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES; };
+  EntryCopies<Tile> entries;
+  if constexpr (Tile::SLOT_BYTES) entries.begin(w, n0, lane, begin);
+  const auto fill_stage = [&](int tile) {
+    if (tile < end) {
+      stage<Shape::ROWS, Tile::SPARSE_MMA ? 8 : 16>(call.x, m0, tile * TILE_K, stage_at(tile));
+      if constexpr (Tile::SLOT_BYTES)
+        entries.copy(w, tile, lane, stage_at(tile) + Shape::X_BYTES + warp * Shape::SLOTS_BYTES);
+    }
     ptx::commit_copies();
   };
   Tile weights[Shape::DEPTH][PANELS];
@@ -69,7 +77,7 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
     for (int panel = 0; panel < PANELS; ++panel)
       if (begin + ahead < end) weights[ahead][panel].load(w, rows[panel], (begin + ahead) * TILE_K, t);
 #pragma unroll
-  for (int ahead = 0; ahead < Shape::STAGES - 1; ++ahead) stage_x(begin + ahead);
+  for (int ahead = 0; ahead < Shape::STAGES - 1; ++ahead) fill_stage(begin + ahead);
 
   float sum[PANELS * NT][4] = {};  // fragments: panel by panel, 8 rows of x each
   for (int first = begin; first < end; first += Shape::DEPTH) {
@@ -79,8 +87,8 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
       if (tile >= end) break;
       ptx::wait_copies<Shape::STAGES - 2>();  // this thread's share of x is there;
       ptx::sync_threads();                    // so is the others', and all have left the stage that is filled next
-      stage_x(tile + Shape::STAGES - 1);
-      const unsigned char* x = stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES;
+      fill_stage(tile + Shape::STAGES - 1);
+      const unsigned char *x = stage_at(tile), *slots = x + Shape::X_BYTES + warp * Shape::SLOTS_BYTES;
       Tile(&now)[PANELS] = weights[ahead];
 
       float group_sum[SCALED ? PANELS * NT : 1][4] = {};  // not yet scaled
@@ -130,7 +138,8 @@ __global__ void __launch_bounds__(THREADS) matmul(const MatmulCall call) {
         for (int octet = 0; octet < 4; ++octet) {
           uint32_t a[PANELS][2][4];
 #pragma unroll
-          for (int panel = 0; panel < PANELS; ++panel) now[panel].octet(w, row_octets[panel], octet, t, a[panel]);
+          for (int panel = 0; panel < PANELS; ++panel)
+            now[panel].octet(slots, row_octets[panel], octet, g, t, a[panel]);
           // Inputs 0..7 of the octet: 0..3 are this lane's columns of one fragment, 4..7 of the next.
 #pragma unroll
           for (int nt = 0; nt < NT; ++nt) {

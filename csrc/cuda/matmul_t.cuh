@@ -57,7 +57,7 @@ struct Part {
 };
 
 template <class Span, int NT>
-__global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
+__global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
   using Shape = MatmulTShape<NT>;
   using V = typename Span::Values;
   using T = typename V::Type;
@@ -76,15 +76,20 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
 #pragma unroll
   for (int ahead = 0; ahead < Shape::STAGES - 1; ++ahead) stage_dy(begin + ahead);
 
-  float sum[8][NT][4] = {};  // fragment i: inputs k0 + 16 g + 2 i (row g) and + 2 i + 1 (row g + 8)
-  for (int tile = begin; tile < end; ++tile) {
-    // Lane t owns rows 32 warp + 8 t .. + 7 of the 128: columns 2t, 2t+1, 2t+8, 2t+9 of two fragments.
-    const int n0 = tile * TILE_K + 32 * warp + 8 * t;
-    Part<Span> parts[Span::EARLY ? 8 : 1];
+  // Lane t owns rows 32 warp + 8 t .. + 7 of the 128: columns 2t, 2t+1, 2t+8, 2t+9 of two fragments. The first four are
+  // loaded again for the next step as soon as they are used, while the other four are, and so on.
+  Part<Span> parts[Span::EARLY ? 8 : 1];
+  const auto load_half = [&](int tile, int half) {
     if constexpr (Span::EARLY) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) parts[j].load(w, n0 + j, k0, g);
+      for (int j = 0; j < 4; ++j)
+        if (tile < end) parts[4 * half + j].load(w, tile * TILE_K + 32 * warp + 8 * t + 4 * half + j, k0, g);
     }
+  };
+  load_half(begin, 0);
+  load_half(begin, 1);
+  float sum[8][NT][4] = {};  // fragment i: inputs k0 + 16 g + 2 i (row g) and + 2 i + 1 (row g + 8)
+  for (int tile = begin; tile < end; ++tile) {
     ptx::wait_copies<Shape::STAGES - 2>();
     ptx::sync_threads();
     stage_dy(tile + Shape::STAGES - 1);
@@ -97,7 +102,7 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
       Part<Span> late[Span::EARLY ? 1 : 4];
       if constexpr (!Span::EARLY) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) late[j].load(w, n0 + 4 * half + j, k0, g);
+        for (int j = 0; j < 4; ++j) late[j].load(w, tile * TILE_K + 32 * warp + 8 * t + 4 * half + j, k0, g);
       }
 #pragma unroll
       for (int octet = 0; octet < 2; ++octet) {
@@ -118,6 +123,7 @@ __global__ void __launch_bounds__(THREADS) matmul_t(const MatmulTCall call) {
             ptx::mma<T>(sum[4 * octet + i][nt], a, half ? b[nt].z : b[nt].x, half ? b[nt].w : b[nt].y);
         }
       }
+      load_half(tile + 1, half);
     }
   }
 

@@ -80,7 +80,7 @@ struct GroupTile {
 template <class V, int PARTS_>
 struct DenseTile {
   using Values = V;
-  static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, MASK_OCTETS = 0;
+  static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, MASK_OCTETS = 0, SLOT_BYTES = 0;
   static constexpr bool SPARSE_MMA = false, ROW_OFFSETS = false;
   uint32_t low[2][V::LOW_BYTES], high[2][1];
   GroupTile<V, PARTS> groups;
@@ -119,7 +119,8 @@ struct DenseTile {
     }
     groups.load(w, rows, k0);
   }
-  __device__ __forceinline__ void octet(const Weight&, const int64_t (&)[2], int i, int, uint32_t (&out)[2][4]) const {
+  __device__ __forceinline__ void octet(const unsigned char*, const int64_t (&)[2], int i, int, int,
+                                        uint32_t (&out)[2][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       V::decode(low[r], high[r], i, V::zero(V::CODES ? groups.zero[r][PARTS == 1 ? 0 : i] : 0), out[r]);
@@ -131,7 +132,7 @@ struct DenseTile {
 template <class V>
 struct Sparse24Tile {
   using Values = V;
-  static constexpr int PARTS = 1, OCTETS = 2, MASK_OCTETS = 16;
+  static constexpr int PARTS = 1, OCTETS = 2, MASK_OCTETS = 16, SLOT_BYTES = 0;
   static constexpr bool SPARSE_MMA = true, ROW_OFFSETS = false;
   uint32_t low[2][V::LOW_BYTES / 2], high[2][1], mask[2][4];
   GroupTile<V, 1> groups;
@@ -177,37 +178,45 @@ struct Sparse24Tile {
   }
 };
 
-// The eight inputs of one mask byte of an unstructured row whose entries before them number `position`.
-template <class V>
-__device__ __forceinline__ void load_sparse_octet(const Weight& w, int64_t row_octet, int position, uint32_t bits,
+// Stored entries by number, from where a row begins in global memory, or from a copy of a part of it in shared memory.
+struct GlobalEntries {
+  const void* base;
+  __device__ __forceinline__ uint32_t word(int i) const { return static_cast<const uint32_t*>(base)[i]; }
+  __device__ __forceinline__ uint32_t half(int i) const { return static_cast<const uint16_t*>(base)[i]; }
+};
+struct SharedEntries {
+  const unsigned char* base;
+  __device__ __forceinline__ uint32_t word(int i) const { return ptx::load_shared<uint32_t>(base + 4 * i); }
+  __device__ __forceinline__ uint32_t half(int i) const { return ptx::load_shared<uint16_t>(base + 2 * i); }
+};
+
+// The eight inputs of one mask byte of an unstructured row; their entries begin with number `first`.
+template <class V, class Entries>
+__device__ __forceinline__ void load_sparse_octet(const Entries& entries, int first, uint32_t bits,
                                                   typename V::Zero zero, uint32_t (&out)[4]) {
-  const uint32_t lower = bits & 15, upper = bits >> 4;
-  const int first = ptx::ones(lower), count = ptx::ones(bits);
+  const uint32_t quad[2] = {bits & 15, bits >> 4};
+  const int in_first = ptx::ones(quad[0]), count = ptx::ones(bits);
   if constexpr (V::CODES) {
     static_assert(V::LOW_BYTES == 4 && V::HIGH_BYTES == 0, "unstructured codes are int4");
     // Eight codes from any nibble on: two words, of which the second is read only where it holds some.
-    const uint32_t* words = static_cast<const uint32_t*>(w.low) + row_octet + position / 8;
-    const int shift = 4 * (position % 8);
-    const uint32_t word0 = count ? words[0] : 0, word1 = position % 8 + count > 8 ? words[1] : 0;
-    const uint32_t codes = ptx::funnel_right(word0, word1, shift);
-    const uint32_t later = first == 4 ? codes >> 16 : codes >> 4 * first;
+    const uint32_t word0 = count ? entries.word(first / 8) : 0;
+    const uint32_t word1 = first % 8 + count > 8 ? entries.word(first / 8 + 1) : 0;
+    const uint32_t codes = ptx::funnel_right(word0, word1, 4 * (first % 8));
+    const uint32_t later = in_first == 4 ? codes >> 16 : codes >> 4 * in_first;
     uint32_t pairs[4];
     V::decode(&codes, nullptr, 0, zero, pairs);
-    scatter4(pairs[0], pairs[1], lower, out[0], out[1]);
+    scatter4(pairs[0], pairs[1], quad[0], out[0], out[1]);
     V::decode(&later, nullptr, 0, zero, pairs);
-    scatter4(pairs[0], pairs[1], upper, out[2], out[3]);
+    scatter4(pairs[0], pairs[1], quad[1], out[2], out[3]);
   } else {
-    const uint16_t* values = static_cast<const uint16_t*>(w.low) + 8 * row_octet + position;
-    uint32_t stored[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      stored[i] = i < first ? values[i] : 0;
-      stored[4 + i] = i < count - first ? values[first + i] : 0;
+    for (int q = 0; q < 2; ++q) {
+      const int from = first + (q ? in_first : 0), here = q ? count - in_first : in_first;
+      uint32_t stored[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) stored[i] = i < here ? entries.half(from + i) : 0;
+      scatter4(stored[0] | stored[1] << 16, stored[2] | stored[3] << 16, quad[q], out[2 * q], out[2 * q + 1]);
     }
-#pragma unroll
-    for (int quad = 0; quad < 2; ++quad)
-      scatter4(stored[4 * quad] | stored[4 * quad + 1] << 16, stored[4 * quad + 2] | stored[4 * quad + 3] << 16,
-               quad ? upper : lower, out[2 * quad], out[2 * quad + 1]);
   }
 }
 
@@ -220,34 +229,69 @@ __device__ __forceinline__ int ones_before(const uint32_t (&mask)[4], int word) 
          (word > 2 ? ptx::ones(mask[2]) : 0);
 }
 
-// Load sparse, compute dense. A lane finds its entries from tile_offsets and the bits of the spans before its own.
+// Load sparse, compute dense. The entries of a row in a tile lie together, at most 128 of them from any place on:
+// 16-byte pieces that cover them go to a slot of shared memory (EntryCopies). A lane finds its own by counting bits.
 template <class V>
 struct UnstructuredTile {
   using Values = V;
   static constexpr int PARTS = 1, OCTETS = 0, MASK_OCTETS = 16;
   static constexpr bool SPARSE_MMA = false, ROW_OFFSETS = true;
+  static constexpr int PIECE = 128 / V::LOW_BYTES;  // entries in 16 bytes
+  static constexpr int SLOT_BYTES = TILE_K / 8 * V::LOW_BYTES + 16;
   uint32_t mask[2][4];
-  int position[2];
+  int start[2];  // entries of the row before this tile
   GroupTile<V, 1> groups;
 
   __device__ __forceinline__ void load(const Weight& w, const int (&rows)[2], int k0, int) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      position[r] = w.tile_offsets[int64_t(k0 / TILE_K) * w.n + rows[r]];
+      start[r] = w.tile_offsets[int64_t(k0 / TILE_K) * w.n + rows[r]];
       load_octets<16, 1>(w.mask, int64_t(rows[r]) * w.mask_octets + k0 / 8, w.mask_octets - k0 / 8, w.vector_mask,
                          mask[r]);
     }
     groups.load(w, rows, k0);
   }
-  __device__ __forceinline__ void octet(const Weight& w, const int64_t (&row_octets)[2], int i, int t,
+  // `slots`: of this warp's rows; `row_octets`: where rows g and g + 8 begin, in octets.
+  __device__ __forceinline__ void octet(const unsigned char* slots, const int64_t (&row_octets)[2], int i, int g, int t,
                                         uint32_t (&out)[2][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t own = own_word(mask[r], t);
-      const int before = position[r] + ones_before(mask[r], t) + ptx::ones(own & ((1u << 8 * i) - 1));
-      load_sparse_octet<V>(w, row_octets[r], before, own >> 8 * i & 0xFF, V::zero(V::CODES ? groups.zero[r][0] : 0),
-                           out[r]);
+      const int before = ones_before(mask[r], t) + ptx::ones(own & ((1u << 8 * i) - 1));
+      const int lead = int(8 * row_octets[r] + start[r]) & (PIECE - 1);  // the slot begins at a whole piece
+      load_sparse_octet<V>(SharedEntries{slots + (g + 8 * r) * SLOT_BYTES}, lead + before, own >> 8 * i & 0xFF,
+                           V::zero(V::CODES ? groups.zero[r][0] : 0), out[r]);
     }
+  }
+};
+
+// Copies the entries of 16 rows, tile after tile; two lanes share a row. The offsets of the tile after next are on
+// their way while this one's are used.
+template <class Tile>
+struct EntryCopies {
+  using V = typename Tile::Values;
+  int row, entries, start, stop;
+  int64_t octet;
+
+  __device__ __forceinline__ int offset(const Weight& w, int tile) const {
+    return tile * int64_t(TILE_K) < w.k ? w.tile_offsets[int64_t(tile) * w.n + row] : entries;
+  }
+  __device__ __forceinline__ void begin(const Weight& w, int first_row, int lane, int tile) {
+    row = min(first_row + lane / 2, w.n - 1);
+    octet = w.row_offsets[row];
+    entries = 8 * int(w.row_offsets[row + 1] - octet);
+    start = offset(w, tile), stop = offset(w, tile + 1);
+  }
+  __device__ __forceinline__ void copy(const Weight& w, int tile, int lane, unsigned char* slots) {
+    const int64_t piece = (8 * octet + start) / Tile::PIECE;
+    const int pieces = stop > start ? int((8 * octet + stop + Tile::PIECE - 1) / Tile::PIECE - piece) : 0;
+    const int64_t end = octet * V::LOW_BYTES + int64_t(entries / 8) * V::LOW_BYTES;  // of the row, in bytes
+    for (int i = lane % 2; i < pieces; i += 2) {
+      const int64_t from = 16 * (piece + i);
+      ptx::copy_async<16>(slots + lane / 2 * Tile::SLOT_BYTES + 16 * i, static_cast<const uint8_t*>(w.low) + from,
+                          end - from < 16 ? int(end - from) : 16);
+    }
+    start = stop, stop = offset(w, tile + 2);
   }
 };
 
@@ -324,7 +368,8 @@ struct UnstructuredSpan {
     const int word = g / 2, shift = g % 2 * 16 + 8 * i;
     const uint32_t own = own_word(mask, word);
     const int before = position + ones_before(mask, word) + ptx::ones(own & ((1u << shift) - 1));
-    load_sparse_octet<V>(w, w.row_offsets[row], before, own >> shift & 0xFF, zero, out);
+    const GlobalEntries entries = {static_cast<const uint8_t*>(w.low) + int64_t(w.row_offsets[row]) * V::LOW_BYTES};
+    load_sparse_octet<V>(entries, before, own >> shift & 0xFF, zero, out);
   }
 };
 

@@ -54,9 +54,12 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
 namespace emulator {
+inline int most_shared_bytes = 48 * 1024;
 inline int multiprocessors = 4;  // few, so that small problems come with and without shared sums
-}
+}  // namespace emulator
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated CUDA error"; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
@@ -72,14 +75,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+// The next launch may use more shared memory than a kernel has by default.
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int bytes) {
+  emulator::most_shared_bytes = bytes;
+  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, threads = config->blockDim;
   if (grid.x < 1 || grid.x > 0x7FFFFFFFu || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535 ||
       threads.y != 1 || threads.z != 1 || threads.x < 1 || threads.x > 1024 || threads.x % emulator::LANES != 0 ||
-      config->dynamicSmemBytes > 48 * 1024)
+      config->dynamicSmemBytes > size_t(emulator::most_shared_bytes))
     return cudaErrorInvalidConfiguration;
+  emulator::most_shared_bytes = 48 * 1024;
   gridDim = grid;
   blockDim = threads;
   for (unsigned z = 0; z < grid.z; ++z)
