@@ -89,7 +89,7 @@ def load() -> ctypes.CDLL:
 
 @cache
 def workspace() -> cuda.Workspace:
-    return cuda.new_workspace(load(), torch.device("cpu"), 1 << 18)
+    return cuda.new_workspace(load(), torch.device("cpu"), 1 << 20)
 
 
 def problem(name: str, shape: tuple[int, int], m: int, dtype: torch.dtype, direction: str = "forward"):
@@ -176,6 +176,12 @@ def _run_copy(early: str) -> None:
     load().ctp_emulator_copy(ctypes.c_void_p(aligned), 16, int(early), ctypes.create_string_buffer(2048))
 
 
+def _run_overwrite(backwards: str) -> None:
+    load().ctp_emulator_configure(0, int(backwards), 4)
+    load().ctp_emulator_overwrite(1)
+    load().ctp_emulator_overwrite(0)
+
+
 def _run_diverge(other_barrier: str) -> None:
     load().ctp_emulator_diverge(int(other_barrier))
 
@@ -187,5 +193,6 @@ def in_a_process(*arguments: str) -> subprocess.CompletedProcess:
 
 
 if __name__ == "__main__":
-    commands = {"guarded": _run_guarded, "bug": _run_bug, "copy": _run_copy, "diverge": _run_diverge}
+    commands = {"guarded": _run_guarded, "bug": _run_bug, "copy": _run_copy}
+    commands |= {"overwrite": _run_overwrite, "diverge": _run_diverge}
     commands[sys.argv[2]](*sys.argv[3:])

@@ -245,6 +245,29 @@ def test_int8_activations_are_refused():
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_last_reason_is_that_there_is_none():
+    for name in FORMATS:
+        format = parse_format(name).with_dtype(torch.bfloat16)
+        for direction in ("forward", "backward"):
+            reason = cuda.unsupported(format, (8, 256), torch.bfloat16, torch.device("cuda"), direction)
+            assert reason == "PyTorch finds no GPU"
+
+
+def test_a_workspace_belongs_to_a_stream_and_a_captured_graph_gets_its_own(library, monkeypatch):
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(cuda, "_WORKSPACE_BYTES", 64)
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    device = torch.device("cpu")
+    first = cuda._workspace(library, device, 1)
+    assert cuda._workspace(library, device, 1) is first
+    assert cuda._workspace(library, device, 2) is not first
+    capturing[0] = True
+    assert cuda._workspace(library, device, 1) is not first
+    assert first[0].numel() == library.ctp_cuda_counters() and not first[0].any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", HALVES)

@@ -174,10 +174,40 @@ def test_seeded_bugs_that_show_in_the_result(library, format, bug):
         (("bug", "no_convergence", "int4", "forward"), "lanes of a warp meet at different instructions"),
         (("copy", "1"), "asynchronous copy may still write"),
         (("copy", "2"), "never written|without a barrier between"),
+        (("overwrite", "0"), "a warp writes what another reads"),
+        (("overwrite", "1"), "a warp reads what another wrote"),
         (("diverge", "0"), "others never reach"),
         (("diverge", "1"), "different barriers"),
     ],
 )
-def test_seeded_bugs_end_the_process(arguments, message):
+def test_seeded_bugs_end_the_process(library, arguments, message):
     done = emulated.in_a_process(*arguments)
     assert done.returncode != 0 and re.search(message, done.stderr), done.stdout + done.stderr
+
+
+def test_no_bank_of_shared_memory_is_asked_twice(library):
+    """16-byte reads go through eight lanes at a time, ldmatrix row by row of eight: 32 banks of 4 bytes, each once."""
+
+    def banks(places: list[int]) -> list[int]:
+        return sorted(place // 4 % 32 for place in places)
+
+    for octet in range(4):
+        for lanes in range(0, 32, 8):
+            of = [(lane // 4, lane % 4) for lane in range(lanes, lanes + 8)]
+            together = [library.ctp_emulator_dense_place(g, 4 * t + octet) for g, t in of]
+            small_groups = [library.ctp_emulator_dense_place(g, 4 * octet + t) for g, t in of]
+            assert banks(together) == banks(small_groups) == list(range(0, 32, 4))
+        for matrix in range(4):
+            rows = [library.ctp_emulator_sparse_row(row, octet, matrix) for row in range(8)]
+            assert banks(rows) == list(range(0, 32, 4))
+
+
+def test_quads_lie_where_ldmatrix_looks_for_them(library):
+    """Matrix b of step i: quads 2b and 2b + 1 of the fragment, quad q being quad 2i + q / 4 of lane q % 4's span."""
+    for row in (0, 5, 13):
+        places = {library.ctp_emulator_sparse_place(row, quad) for quad in range(32)}
+        assert places == set(range(256 * row, 256 * row + 256, 8))
+        for step in range(4):
+            for quad in range(8):
+                place = library.ctp_emulator_sparse_place(row, 8 * (quad % 4) + 2 * step + quad // 4)
+                assert place == library.ctp_emulator_sparse_row(row, step, quad // 2) + 8 * (quad % 2)

@@ -111,7 +111,7 @@ int launch_matmul(const Problem& p) {
     const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4);
     MatmulCall call = {};
     call.w = device_weight<Tile>(*p.w);
-    call.x = {x, p.ldx, m, int(p.w->k), aligned(x, PIECE) && p.ldx * 2 % PIECE == 0};
+    call.x = {x, p.ldx, m, int(p.w->k), aligned(x, PIECE) && (m == 1 || p.ldx * 2 % PIECE == 0)};
     call.bias = p.bias, call.y = y, call.shared = {p.counters, p.partial};
     call.tiles_per_block = (steps + blocks - 1) / blocks;
     const unsigned used = unsigned((steps + call.tiles_per_block - 1) / call.tiles_per_block);
@@ -129,7 +129,7 @@ int launch_matmul_t(const Problem& p) {
     const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(TILE_K) * Shape::ROWS * 4);
     MatmulTCall call = {};
     call.w = device_weight<Span>(*p.w);
-    call.dy = {dy, p.ldx, m, int(p.w->n), aligned(dy, 16) && p.ldx * 2 % 16 == 0};
+    call.dy = {dy, p.ldx, m, int(p.w->n), aligned(dy, 16) && (m == 1 || p.ldx * 2 % 16 == 0)};
     call.dx = dx, call.shared = {p.counters, p.partial};
     call.tiles_per_block = (steps + blocks - 1) / blocks;
     const unsigned used = unsigned((steps + call.tiles_per_block - 1) / call.tiles_per_block);

@@ -95,6 +95,12 @@ CTP_MMA(__half, "f16")
 CTP_MMA(__nv_bfloat16, "bf16")
 #undef CTP_MMA
 
+// The name says that the places of a quad rise; nvcc before 12.5 knows only the one that does not say it.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define CTP_MMA_SP "mma.sp::ordered_metadata"
+#else
+#define CTP_MMA_SP "mma.sp"
+#endif
 template <typename T, int SELECTOR>
 struct SparseMma;
 #define CTP_SPARSE_MMA(TYPE, NAME)                                                                            \
@@ -102,7 +108,8 @@ struct SparseMma;
   struct SparseMma<TYPE, SELECTOR> {                                                                          \
     static __device__ __forceinline__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], \
                                                uint32_t metadata) {                                           \
-      asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." NAME "." NAME                \
+      asm volatile(CTP_MMA_SP                                                                                 \
+                   ".sync.aligned.m16n8k32.row.col.f32." NAME "." NAME                                        \
                    ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;" \
                    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
@@ -112,6 +119,7 @@ struct SparseMma;
 CTP_SPARSE_MMA(__half, "f16")
 CTP_SPARSE_MMA(__nv_bfloat16, "bf16")
 #undef CTP_SPARSE_MMA
+#undef CTP_MMA_SP
 
 // c[i] += a . b for a sparse A; see above.
 template <typename T, int SELECTOR>

@@ -100,6 +100,20 @@ void ctp_emulator_copy(const unsigned char* from, int valid, int early, unsigned
   });
 }
 
+// Warp 0 reads what warp 1 then writes over, with a barrier between or without one.
+void ctp_emulator_overwrite(int with_barrier) {
+  blockIdx = dim3(0, 0, 0);
+  gridDim = dim3();
+  emulator::run_block(64, 256, [&] {
+    unsigned char* own = ctp::ptx::shared_memory() + 4 * threadIdx.x;
+    ctp::ptx::store_shared(own, uint32_t(1));
+    ctp::ptx::sync_threads();
+    if (threadIdx.x < 32) ctp::ptx::load_shared<uint32_t>(own + 128);
+    if (with_barrier) ctp::ptx::sync_threads();
+    if (threadIdx.x >= 32) ctp::ptx::store_shared(own, uint32_t(2));
+  });
+}
+
 // Half of the threads go to another barrier, or none.
 void ctp_emulator_diverge(int other_barrier) {
   blockIdx = dim3(0, 0, 0);
@@ -111,6 +125,11 @@ void ctp_emulator_diverge(int other_barrier) {
       ctp::ptx::sync_threads();
   });
 }
+
+// Where tiles.cuh puts what lanes read together: 16 bytes of a row, for dense weights and for a row of ldmatrix.
+int ctp_emulator_dense_place(int row, int piece) { return ctp::dense_place(row, piece); }
+int ctp_emulator_sparse_place(int row, int quad) { return ctp::sparse_place(row, quad); }
+int ctp_emulator_sparse_row(int row, int step, int matrix) { return ctp::sparse_row(row, step, matrix); }
 
 uint32_t ctp_emulator_prmt(uint32_t a, uint32_t b, uint32_t selector) { return ctp::ptx::bytes(a, b, selector); }
 uint32_t ctp_emulator_fma2(int bf16, uint32_t a, uint32_t b, uint32_t c) {

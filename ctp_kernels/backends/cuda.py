@@ -147,9 +147,9 @@ Workspace = tuple[torch.Tensor, torch.Tensor]
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
-def new_workspace(library: ctypes.CDLL, device: torch.device, floats: int = _WORKSPACE_BYTES // 4) -> Workspace:
+def new_workspace(library: ctypes.CDLL, device: torch.device, nbytes: int | None = None) -> Workspace:
     counters = torch.zeros(library.ctp_cuda_counters(), dtype=torch.int32, device=device)
-    return counters, torch.empty(floats, dtype=torch.float32, device=device)
+    return counters, torch.empty((nbytes or _WORKSPACE_BYTES) // 4, dtype=torch.float32, device=device)
 
 
 def _workspace(library: ctypes.CDLL, device: torch.device, stream: int) -> Workspace:
