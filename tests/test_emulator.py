@@ -174,8 +174,8 @@ def test_seeded_bugs_that_show_in_the_result(library, format, bug):
         (("bug", "no_convergence", "int4", "forward"), "lanes of a warp meet at different instructions"),
         (("copy", "1"), "asynchronous copy may still write"),
         (("copy", "2"), "never written|without a barrier between"),
-        (("overwrite", "0"), "a warp writes what another reads"),
-        (("overwrite", "1"), "a warp reads what another wrote"),
+        (("overwrite", "0"), "a warp reads what another wrote"),  # the later warp went on first
+        (("overwrite", "1"), "a warp writes what another reads"),
         (("diverge", "0"), "others never reach"),
         (("diverge", "1"), "different barriers"),
     ],
