@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -67,30 +65,19 @@ def test_registers_and_shared_memory_are_as_committed(usage):
     assert usage == committed["kernels"]
 
 
-def test_no_warnings(tmp_path):
-    """One architecture with warnings as errors; the others compile the same source."""
-    try:
-        nvcc = _build.find_compiler("cuda")
-    except _build.BuildError as error:
-        pytest.skip(str(error))
-    flags = (
-        "-std=c++17",
-        "-O1",
-        "-Werror",
-        "all-warnings",
-        "-Xcompiler",
-        "-Wall",
-        "-gencode=arch=compute_90a,code=sm_90a",
-    )
+def test_no_warnings(library):
+    """Of nvcc, for any of the architectures, when this library was built (delete the library to build it again)."""
+    assert library.with_suffix(".warnings").read_text() == ""
 
-    def compile(source: Path) -> str:
-        command = [nvcc, *flags, "-c", str(source), "-o", str(tmp_path / f"{source.name}.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return f"{source.name}: {done.stdout}{done.stderr}" if done.returncode or done.stderr else ""
 
-    sources = [source for source in _build.sources("cuda") if source.suffix == ".cu"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        assert [said for said in pool.map(compile, sources) if said] == []
+def test_warnings_are_kept_beside_a_library(tmp_path, monkeypatch):
+    script = tmp_path / "loud.sh"
+    script.write_text("#!/bin/sh\necho 'a.cu(3): warning #177-D: unused' >&2\ntouch $1\n")
+    script.chmod(0o755)
+    step = _build.Step((str(script), str(tmp_path / "made")), (), tmp_path / "made")
+    monkeypatch.setattr(_build, "_cuda_steps", lambda objects: [step])
+    made = _build.build("cuda", tmp_path / "lib", tmp_path)
+    assert made.with_suffix(".warnings").read_text() == "a.cu(3): warning #177-D: unused\n"
 
 
 @cache
