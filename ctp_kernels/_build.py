@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -100,14 +101,17 @@ def find_compiler(name: str) -> str:
 def build(name: str, folder: Path, objects: Path) -> Path:
     """Compile libctp_<name>.so into `folder`, with objects and the ninja file in `objects`; the path of the library.
 
-    The library appears by a rename, so that a process never loads half of one. Raises BuildError.
+    The library appears by a rename, so that a process never loads half of one. What the compiler warned of lies beside
+    it, in libctp_<name>.warnings. Raises BuildError.
     """
     if sys.platform != "linux":
         raise BuildError(f"libctp_{name} is built on Linux only")
     steps = _cpu_steps(objects) if name == "cpu" else _cuda_steps(objects)
     objects.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _run(steps, objects)
+    said = _run(steps, objects)
+    warnings = "".join(f"{line}\n" for line in said.splitlines() if re.search(r"\bwarning ?[:#]", line))
+    (folder / f"libctp_{name}.warnings").write_text(warnings, encoding="utf-8")
     target = folder / f"libctp_{name}.so"
     staged = folder / f".libctp_{name}.{os.getpid()}.tmp"
     shutil.copyfile(steps[-1].output, staged)
@@ -155,8 +159,8 @@ def _link(command: tuple[str, ...], inputs: tuple[Path, ...], output: Path) -> S
     return Step((*command, "-o", str(output)), inputs, output)
 
 
-def _run(steps: list[Step], folder: Path) -> None:
-    """Through ninja (only what changed, in parallel), or all of it where ninja is not installed."""
+def _run(steps: list[Step], folder: Path) -> str:
+    """Through ninja (only what changed, in parallel), or all of it where ninja is not installed; what they said."""
     ninja = shutil.which("ninja")
     if ninja:
         lines = ["rule run", "  command = $command", "  description = $out", ""]
@@ -165,24 +169,24 @@ def _run(steps: list[Step], folder: Path) -> None:
             lines += [f"build {_escape(step.output)}: run {inputs}"]
             lines += [f"  command = {shlex.join(step.command).replace('$', '$$')}", ""]
         (folder / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
-        _call((ninja, "-C", str(folder)))
-        return
+        return _call((ninja, "-C", str(folder)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda step: _call(step.command), steps[:-1]))
-    _call(steps[-1].command)
+        said = list(pool.map(lambda step: _call(step.command), steps[:-1]))
+    return "".join([*said, _call(steps[-1].command)])
 
 
 def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _call(command: tuple[str, ...]) -> None:
+def _call(command: tuple[str, ...]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise BuildError(f"cannot run {command[0]}: {error.strerror}") from error
     if done.returncode:
         raise BuildError(f"{Path(command[0]).name} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return done.stdout + done.stderr
 
 
 def load(name: str) -> ctypes.CDLL:

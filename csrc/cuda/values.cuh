@@ -1,73 +1,212 @@
-// Value decoders: packed bytes -> fp32. Layouts are drawn in ctp_kernels/values.py.
+// Value decoders: eight stored slots of a row, an octet, to eight numbers of type T (fp16 or bf16) in four registers,
+// out[i] = (slot 2i, slot 2i + 1): the order in which mma wants neighbours along K. Layouts are drawn in
+// ctp_kernels/values.py.
+//
+// Integers become floats by the exponent: 0x6400 | c is 1024 + c in fp16 (ten mantissa bits), 0x4300 | c is 128 + c in
+// bf16 (seven), so one AND-OR per two codes and one FMA that subtracts 1024 + zero: exact, no shift, no conversion.
+// A field s bits up in the mantissa reads c 2^s, and the FMA multiplies by 2^-s.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "ptx.cuh"
 
 namespace ctp {
 
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ __forceinline__ void from_float(float value, float* out) { *out = value; }
-__device__ __forceinline__ void from_float(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ __forceinline__ void from_float(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
-
-// Code I (0..3) of 16 bits, minus the zero, exact. A float with the exponent of 2^23 holds an integer in its mantissa:
-// 0x4B000000 | code << 4I reads 2^23 + 16^I code, and one FMA takes the offset away. No shift, no int-to-float.
-template <int I>
-__device__ __forceinline__ float int4_minus_zero(uint32_t sixteen, float zero) {
-  constexpr float step = 1.0f / float(1 << 4 * I);
-  const uint32_t bits = 0x4B000000u | (sixteen & (0xFu << 4 * I));
-  return fmaf(__uint_as_float(bits), step, -(8388608.0f * step + zero));
-}
-
-// Eight int4 codes of one word, lowest bits first.
-__device__ __forceinline__ void decode_int4(uint32_t word, float zero, float (&out)[8]) {
-  const uint32_t high = word >> 16;
-  out[0] = int4_minus_zero<0>(word, zero);
-  out[1] = int4_minus_zero<1>(word, zero);
-  out[2] = int4_minus_zero<2>(word, zero);
-  out[3] = int4_minus_zero<3>(word, zero);
-  out[4] = int4_minus_zero<0>(high, zero);
-  out[5] = int4_minus_zero<1>(high, zero);
-  out[6] = int4_minus_zero<2>(high, zero);
-  out[7] = int4_minus_zero<3>(high, zero);
-}
-
-// WORDS consecutive 32-bit words; four are one 16-byte load and must be aligned to it.
-template <int WORDS>
-__device__ __forceinline__ void load_words(const uint8_t* from, uint32_t (&words)[WORDS]) {
-  static_assert(WORDS == 1 || WORDS == 4, "one word or one vector of four");
-  if constexpr (WORDS == 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(from);
-    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-  } else {
-    words[0] = *reinterpret_cast<const uint32_t*>(from);
+template <typename T>
+struct Number;
+template <>
+struct Number<__half> {
+  static constexpr uint32_t MAGIC = 0x64006400, ONE = 0x3C003C00, SIXTEENTH = 0x2C002C00;
+  static constexpr uint32_t MINUS_MAGIC = 0xE400E400, MINUS_MAGIC_16TH = 0xD400D400;  // -1024, -64
+  static __device__ __forceinline__ float low(uint32_t pair) { return __half2float(__ushort_as_half(uint16_t(pair))); }
+  static __device__ __forceinline__ float high(uint32_t pair) {
+    return __half2float(__ushort_as_half(uint16_t(pair >> 16)));
   }
+};
+template <>
+struct Number<__nv_bfloat16> {
+  static constexpr uint32_t MAGIC = 0x43004300, ONE = 0x3F803F80, SIXTEENTH = 0x3D803D80;
+  static constexpr uint32_t MINUS_MAGIC = 0xC300C300, MINUS_MAGIC_16TH = 0xC100C100;  // -128, -8
+  static __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+  static __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+};
+
+// What takes a code's zero away, for fields at bit 0 and at bit 4 of the mantissa. The spacing of floats around the
+// magic number is 1 (at bit 4: 1/16), so adding the zero to its bits subtracts it from the number.
+struct Offset {
+  uint32_t bit0, bit4;
+};
+template <typename T>
+__device__ __forceinline__ Offset offset_of(uint32_t zero) {
+  const uint32_t pair = zero * 0x00010001u;
+  return {Number<T>::MINUS_MAGIC + pair, Number<T>::MINUS_MAGIC_16TH + (pair << 4)};
 }
 
-// Eight activations as fp32; those from `left` on are not read and count as zero. VECTOR: `from` is 16-byte aligned.
-template <bool VECTOR, typename T>
-__device__ __forceinline__ void load_eight(const T* from, int left, float (&out)[8]) {
-  if (VECTOR && left >= 8) {
-    constexpr int PER_LOAD = 16 / sizeof(T);
+// Reads octets of one bit plane into consecutive bytes of registers. `octet` counts from the start of the plane,
+// `valid` is how many octets the row still has. `vector`: rows start on OCTETS * BYTES (at most 16), as `octet` does.
+template <int OCTETS, int BYTES, int WORDS>
+__device__ __forceinline__ void load_octets(const void* plane, int64_t octet, int valid, bool vector,
+                                            uint32_t (&words)[WORDS]) {
+  static_assert(WORDS * 4 >= OCTETS * BYTES, "the words hold the octets");
+  constexpr int TOTAL = OCTETS * BYTES;
+  const uint8_t* from = static_cast<const uint8_t*>(plane) + octet * BYTES;
 #pragma unroll
-    for (int i = 0; i < 8; i += PER_LOAD) {
-      union {
-        uint4 raw;
-        T value[PER_LOAD];
-      } piece;
-      piece.raw = *reinterpret_cast<const uint4*>(from + i);
+  for (int i = 0; i < WORDS; ++i) words[i] = 0;
+  if (vector && valid >= OCTETS) {
+    if constexpr (TOTAL % 16 == 0) {
 #pragma unroll
-      for (int j = 0; j < PER_LOAD; ++j) out[i + j] = to_float(piece.value[j]);
+      for (int i = 0; i < TOTAL / 16; ++i) {
+        const uint4 v = ptx::load_once(from + 16 * i);
+        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+      }
+    } else if constexpr (TOTAL == 8) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      words[0] = v.x, words[1] = v.y;
+    } else if constexpr (TOTAL == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(from);
+    } else if constexpr (TOTAL == 2) {
+      words[0] = *reinterpret_cast<const uint16_t*>(from);
+    } else {
+      static_assert(TOTAL == 1, "a power of two");
+      words[0] = *from;
     }
-  } else {
+    return;
+  }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = i < left ? to_float(from[i]) : 0.0f;
+  for (int i = 0; i < OCTETS; ++i) {  // an octet is aligned to itself in every plane
+    if (i >= valid) continue;
+    const uint8_t* piece = from + i * BYTES;
+    if constexpr (BYTES == 16) {
+      const uint4 v = *reinterpret_cast<const uint4*>(piece);
+      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    } else if constexpr (BYTES == 8) {
+      const uint2 v = *reinterpret_cast<const uint2*>(piece);
+      words[2 * i] = v.x, words[2 * i + 1] = v.y;
+    } else if constexpr (BYTES == 4) {
+      words[i] = *reinterpret_cast<const uint32_t*>(piece);
+    } else if constexpr (BYTES == 2) {
+      words[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(piece)) << 16 * (i % 2);
+    } else {
+      words[i / 4] |= uint32_t(*piece) << 8 * (i % 4);
+    }
   }
 }
+
+__host__ __device__ constexpr int words_for(int bytes) { return bytes < 4 ? 1 : bytes / 4; }
+
+// The pairs (slot 2i, slot 2i + 1) of eight 2-bit fields `low` (16 bits): field 2i lands at bit 4i of the low half,
+// field 2i + 1 at bit 4i of the high half. Read them with masks 0x00030003 << 0 and << 4, then again 8 bits down.
+__device__ __forceinline__ uint32_t spread2(uint32_t low) { return low | low << 14; }
+
+template <typename T>
+struct Int4 {
+  using Type = T;
+  static constexpr int LOW_BYTES = 4, HIGH_BYTES = 0;  // of an octet in each bit plane
+  static constexpr bool CODES = true;
+  static constexpr uint32_t MIDDLE = 8;  // the zero of a symmetric format
+  using Zero = Offset;
+  static __device__ __forceinline__ Zero zero(uint32_t code) { return offset_of<T>(code); }
+  // (code i, code i + 1) lie four bits apart: byte i of the word beside byte i of the word shifted down four bits.
+  static __device__ __forceinline__ void decode(const uint32_t* low, const uint32_t*, int octet, Zero zero,
+                                                uint32_t (&out)[4]) {
+    const uint32_t word = low[octet], down = word >> 4;
+    const uint32_t selector[4] = {0x4400, 0x5511, 0x6622, 0x7733};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t code = (ptx::bytes(word, down, selector[i]) & 0x000F000Fu) | Number<T>::MAGIC;
+      out[i] = ptx::fma2<T>(code, Number<T>::ONE, zero.bit0);
+    }
+  }
+};
+
+template <typename T>
+struct Int3 {
+  using Type = T;
+  static constexpr int LOW_BYTES = 2, HIGH_BYTES = 1;
+  static constexpr bool CODES = true;
+  static constexpr uint32_t MIDDLE = 4;
+  using Zero = Offset;
+  static __device__ __forceinline__ Zero zero(uint32_t code) { return offset_of<T>(code); }
+  // `high * 0x8001` puts bit 2i beside bit 2i + 1, 16 bits apart, as spread2 does with the low plane.
+  static __device__ __forceinline__ void decode(const uint32_t* low, const uint32_t* high, int octet, Zero zero,
+                                                uint32_t (&out)[4]) {
+    const uint32_t two = spread2(ptx::bytes(low[octet / 2], 0, octet % 2 ? 0x4432 : 0x4410)), two8 = two >> 8;
+    const uint32_t one = ptx::bytes(high[octet / 4], 0, 0x4440 | (octet % 4)) * 0x8001u;
+    const uint32_t code[4] = {(two & 0x00030003u) | (one << 2 & 0x00040004u) | Number<T>::MAGIC,
+                              (two & 0x00300030u) | (one << 4 & 0x00400040u) | Number<T>::MAGIC,
+                              (two8 & 0x00030003u) | (one >> 2 & 0x00040004u) | Number<T>::MAGIC,
+                              (two8 & 0x00300030u) | (one & 0x00400040u) | Number<T>::MAGIC};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out[i] = i % 2 ? ptx::fma2<T>(code[i], Number<T>::SIXTEENTH, zero.bit4)
+                     : ptx::fma2<T>(code[i], Number<T>::ONE, zero.bit0);
+  }
+};
+
+template <typename T>
+struct Int2 {
+  using Type = T;
+  static constexpr int LOW_BYTES = 2, HIGH_BYTES = 0;
+  static constexpr bool CODES = true;
+  static constexpr uint32_t MIDDLE = 2;
+  using Zero = Offset;
+  static __device__ __forceinline__ Zero zero(uint32_t code) { return offset_of<T>(code); }
+  static __device__ __forceinline__ void decode(const uint32_t* low, const uint32_t*, int octet, Zero zero,
+                                                uint32_t (&out)[4]) {
+    const uint32_t two = spread2(ptx::bytes(low[octet / 2], 0, octet % 2 ? 0x4432 : 0x4410)), two8 = two >> 8;
+    out[0] = ptx::fma2<T>((two & 0x00030003u) | Number<T>::MAGIC, Number<T>::ONE, zero.bit0);
+    out[1] = ptx::fma2<T>((two & 0x00300030u) | Number<T>::MAGIC, Number<T>::SIXTEENTH, zero.bit4);
+    out[2] = ptx::fma2<T>((two8 & 0x00030003u) | Number<T>::MAGIC, Number<T>::ONE, zero.bit0);
+    out[3] = ptx::fma2<T>((two8 & 0x00300030u) | Number<T>::MAGIC, Number<T>::SIXTEENTH, zero.bit4);
+  }
+};
+
+// Eight bits do not fit bf16's mantissa beside the exponent's trick, so bf16 goes through fp32 (0x4B0000cc is 2^23 +
+// cc): the difference has at most eight significant bits and is exact in bf16.
+template <typename T>
+struct Int8 {
+  using Type = T;
+  static constexpr int LOW_BYTES = 8, HIGH_BYTES = 0;
+  static constexpr bool CODES = true;
+  static constexpr bool BY_FP32 = sizeof(T) == 2 && Number<T>::MAGIC == 0x43004300u;
+  static constexpr uint32_t MIDDLE = 128;
+  struct Zero {
+    uint32_t bit0;
+    float fp32;
+  };
+  static __device__ __forceinline__ Zero zero(uint32_t code) {
+    return {Number<T>::MINUS_MAGIC + code * 0x00010001u, 8388608.0f + float(code)};
+  }
+  static __device__ __forceinline__ void decode(const uint32_t* low, const uint32_t*, int octet, Zero zero,
+                                                uint32_t (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = low[2 * octet + i / 2];
+      if constexpr (BY_FP32) {
+        const float a = __uint_as_float(ptx::bytes(word, 0x4B000000u, 0x7440 + i % 2 * 2));
+        const float b = __uint_as_float(ptx::bytes(word, 0x4B000000u, 0x7441 + i % 2 * 2));
+        out[i] = ptx::pack2<T>(a - zero.fp32, b - zero.fp32);
+      } else {
+        const uint32_t code = ptx::bytes(word, 0x64646464u, i % 2 ? 0x4342 : 0x4140);
+        out[i] = ptx::fma2<T>(code, Number<T>::ONE, zero.bit0);
+      }
+    }
+  }
+};
+
+// fp16 or bf16 values, multiplied with activations of the same type.
+template <typename T>
+struct Float {
+  using Type = T;
+  static constexpr int LOW_BYTES = 16, HIGH_BYTES = 0;
+  static constexpr bool CODES = false;
+  static constexpr uint32_t MIDDLE = 0;
+  struct Zero {};
+  static __device__ __forceinline__ Zero zero(uint32_t) { return {}; }
+  static __device__ __forceinline__ void decode(const uint32_t* low, const uint32_t*, int octet, Zero,
+                                                uint32_t (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = low[4 * octet + i];
+  }
+};
 
 }  // namespace ctp

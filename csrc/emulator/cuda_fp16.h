@@ -8,6 +8,8 @@ struct __half {
   uint16_t bits;
 };
 
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+
 inline float __half2float(__half value) {
   const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
   const float sign = value.bits >> 15 ? -1.0f : 1.0f;

@@ -1,4 +1,4 @@
-"""CUDA kernels for NVIDIA GPUs, called through the C interface of csrc/ctp.h: dense int4, forward."""
+"""CUDA kernels for NVIDIA GPUs on tensor cores, forward and dX, called through the C interface of csrc/ctp.h."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from ..errors import CTPError
 from ..format import Format
 from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
 
+#: Values that have a kernel, by pattern; "same" is fp16 with fp16 activations and bf16 with bf16.
+_VALUES = {
+    "dense": ("int8", "int4", "int3", "int2"),
+    "sparse24": ("int4", "int3", "same"),
+    "unstructured": ("int4", "same"),
+}
+_TENSOR_CORE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+#: Bytes in which blocks leave their parts of a sum; enough for every grid that would be split.
+_WORKSPACE_BYTES = 16 * 2**20
+
 
 def unsupported(
     format: Format,
@@ -23,20 +34,52 @@ def unsupported(
     compute: str = "exact",
 ) -> str | None:
     """Why this backend cannot do it, or None."""
-    if compute != "exact":
-        return "it has no int8 activations"
-    if direction != "forward":
-        return "the CUDA backend has no backward kernel yet"
-    if format.pattern != "dense" or format.values != "int4":
-        return f"the CUDA kernel does dense int4 only, not {format}"
-    if dtype not in DTYPES:
-        return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+    reason = no_kernel(format, shape, dtype, direction, compute)
+    if reason is not None:
+        return reason
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on a CUDA device"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"  # asked first: without one, nothing is compiled for it
     library = _library()
     return library if isinstance(library, str) else no_device(library)
+
+
+def no_kernel(
+    format: Format, shape: tuple[int, int], dtype: torch.dtype, direction: str, compute: str = "exact"
+) -> str | None:
+    """Why no kernel was written for it, or None; whatever the machine."""
+    if compute != "exact":
+        return "it has no int8 activations"
+    if dtype not in DTYPES:
+        return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+    if _by_rows(format, shape, dtype, direction):
+        return None
+    if dtype not in _TENSOR_CORE_DTYPES:
+        return "float32 activations run on dense int4 forward only: tensor cores multiply float16 and bfloat16"
+    values = "same" if format.values == _TENSOR_CORE_DTYPES[dtype] else format.values
+    if values not in _VALUES[format.pattern]:
+        if format.quantized or format.pattern == "dense":
+            return f"there is no CUDA kernel for {format}"
+        return f"{format.values} values are not multiplied with {_TENSOR_CORE_DTYPES[dtype]} activations"
+    return _group_reason(format, shape[1], direction)
+
+
+def _group_reason(format: Format, k: int, direction: str) -> str | None:
+    """The multiple of inputs that a group must be, where this one is not; mirrors group_fits of dispatch.cu."""
+    if format.group_size is None or format.group_size >= k:
+        return None
+    multiple = 16 if direction == "backward" else 32 if format.pattern == "dense" else 128
+    if format.group_size % multiple == 0:
+        return None
+    return f"groups of {format.group_size} inputs are not a multiple of {multiple}, as the {direction} kernel needs"
+
+
+def _by_rows(format: Format, shape: tuple[int, int], dtype: torch.dtype, direction: str) -> bool:
+    """Whether the kernel on ordinary cores takes it: dense int4 forward, where the tensor cores cannot."""
+    if format.pattern != "dense" or format.values != "int4" or direction != "forward" or dtype not in DTYPES:
+        return False
+    return dtype == torch.float32 or _group_reason(format, shape[1], direction) is not None
 
 
 def matmul(
@@ -48,11 +91,18 @@ def matmul(
     compute: str = "exact",
 ) -> torch.Tensor:
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
-    library = _library()
-    if isinstance(library, str):
-        raise CTPError(library)
+    library = _loaded()
     with torch.cuda.device(x.device):
-        return launch(library, x, tensors, format, n, bias, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        return launch(library, x, tensors, format, n, bias, stream, _workspace(library, x.device, stream))
+
+
+def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, k: int) -> torch.Tensor:
+    """dx (M, K) = dy (M, N) W, with W rounded to dy's dtype, summed in fp32, rounded once."""
+    library = _loaded()
+    with torch.cuda.device(dy.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return launch_t(library, dy, tensors, format, k, stream, _workspace(library, dy.device, stream))
 
 
 @lru_cache(maxsize=1)
@@ -64,13 +114,20 @@ def _library() -> ctypes.CDLL | str:
         return str(error)
 
 
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise CTPError(library)
+    return library
+
+
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the argument types of csrc/ctp.h."""
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.ctp_cuda_int4_matmul.argtypes = (
-        *(ctypes.POINTER(Weight), pointer, i64, i64, pointer, pointer),
-        *(i32, pointer),
-    )
+    weight, shared = ctypes.POINTER(Weight), (pointer, pointer, i64)
+    library.ctp_cuda_matmul.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, *shared, pointer)
+    library.ctp_cuda_matmul_t.argtypes = (weight, pointer, i64, i64, pointer, i32, *shared, pointer)
+    library.ctp_cuda_int4_rows.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, pointer)
     library.ctp_cuda_device_count.argtypes = (ctypes.POINTER(i32),)
     library.ctp_cuda_status_string.restype = ctypes.c_char_p
     return library
@@ -85,6 +142,26 @@ def no_device(library: ctypes.CDLL) -> str | None:
     return None if count.value else "no usable GPU: the driver lists none"
 
 
+#: counters and floats that the blocks of one call share; a pair for every stream, whose calls follow each other.
+Workspace = tuple[torch.Tensor, torch.Tensor]
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def new_workspace(library: ctypes.CDLL, device: torch.device, nbytes: int | None = None) -> Workspace:
+    counters = torch.zeros(library.ctp_cuda_counters(), dtype=torch.int32, device=device)
+    return counters, torch.empty((nbytes or _WORKSPACE_BYTES) // 4, dtype=torch.float32, device=device)
+
+
+def _workspace(library: ctypes.CDLL, device: torch.device, stream: int) -> Workspace:
+    """This stream's workspace. A graph under capture gets its own, from its own pool: it may run beside this stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return new_workspace(library, device)
+    found = _workspaces.get((device, stream))
+    if found is None:
+        found = _workspaces[device, stream] = new_workspace(library, device)
+    return found
+
+
 def launch(
     library: ctypes.CDLL,
     x: torch.Tensor,
@@ -93,6 +170,7 @@ def launch(
     n: int,
     bias: torch.Tensor | None,
     stream: int,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """`matmul` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, k = x.shape
@@ -100,12 +178,43 @@ def launch(
     x = rows_contiguous(x)
     bias, bias_pointer = bias_for(bias, n, x.dtype)
     y = x.new_empty((m, n))
-    status = library.ctp_cuda_int4_matmul(
-        weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], stream
+    call = (weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), DTYPES[x.dtype])
+    if _by_rows(format, (n, k), x.dtype, "forward"):
+        status = library.ctp_cuda_int4_rows(*call, stream)
+    else:
+        status = library.ctp_cuda_matmul(*call, *_pointers(workspace), stream)
+    if status:
+        raise CTPError(f"the CUDA kernel for {format} failed: {_sentence(library, status)}")
+    return y
+
+
+def launch_t(
+    library: ctypes.CDLL,
+    dy: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    format: Format,
+    k: int,
+    stream: int,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """`matmul_t` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
+    m, n = dy.shape
+    weight = weight_of(tensors, format, n, k)
+    dy = rows_contiguous(dy)
+    dx = dy.new_empty((m, k))
+    status = library.ctp_cuda_matmul_t(
+        weight, dy.data_ptr(), dy.stride(0), m, dx.data_ptr(), DTYPES[dy.dtype], *_pointers(workspace), stream
     )
     if status:
-        raise CTPError(f"the CUDA int4 kernel failed: {_sentence(library, status)}")
-    return y
+        raise CTPError(f"the CUDA kernel for dX of {format} failed: {_sentence(library, status)}")
+    return dx
+
+
+def _pointers(workspace: Workspace | None) -> tuple[int | None, int | None, int]:
+    if workspace is None:
+        return None, None, 0
+    counters, floats = workspace
+    return counters.data_ptr(), floats.data_ptr(), floats.nbytes
 
 
 def _sentence(library: ctypes.CDLL, status: int) -> str:

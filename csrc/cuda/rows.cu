@@ -8,13 +8,10 @@
 #include <cuda_runtime.h>
 
 #include "../ctp.h"
-#include "values.cuh"
-
-#ifndef CTP_ABI
-#define CTP_ABI 0
-#endif
+#include "rows.cuh"
 
 namespace ctp {
+namespace {
 
 constexpr int LANES = 32;
 constexpr int WARPS = 4;
@@ -128,10 +125,11 @@ int by_alignment(const ctp_weight& w, const void* x, int64_t ldx, int64_t m, con
   return vectors ? by_rows<4, T>(w, x, ldx, m, bias, y, stream) : by_rows<1, T>(w, x, ldx, m, bias, y, stream);
 }
 
+}  // namespace
 }  // namespace ctp
 
-extern "C" int ctp_cuda_int4_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias,
-                                    void* y, int32_t dtype, void* stream) {
+extern "C" int ctp_cuda_int4_rows(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias,
+                                  void* y, int32_t dtype, void* stream) {
   using namespace ctp;
   if (weight == nullptr || m < 0) return CTP_BAD_ARGUMENT;
   ctp_weight w = *weight;
@@ -157,19 +155,3 @@ extern "C" int ctp_cuda_int4_matmul(const ctp_weight* weight, const void* x, int
       return CTP_BAD_ARGUMENT;
   }
 }
-
-extern "C" int ctp_cuda_device_count(int32_t* count) {
-  int found = 0;
-  const cudaError_t error = cudaGetDeviceCount(&found);
-  *count = error == cudaSuccess ? found : 0;
-  return error == cudaSuccess ? CTP_OK : ctp::CUDA_STATUS + int(error);
-}
-
-extern "C" const char* ctp_cuda_status_string(int status) {
-  if (status == CTP_OK) return "success";
-  if (status == CTP_BAD_ARGUMENT) return "an argument is out of range, misaligned, or a needed pointer is NULL";
-  if (status >= ctp::CUDA_STATUS) return cudaGetErrorString(static_cast<cudaError_t>(status - ctp::CUDA_STATUS));
-  return "unknown status";
-}
-
-extern "C" uint32_t ctp_cuda_abi(void) { return CTP_ABI; }
