@@ -285,13 +285,15 @@ void panel_part(const Job& job, const Decoder& decoder, const Part& part, float*
 
 // Up to kWidth rows of x: they are fewer than the rows of W, so it is they that are transposed into the panel, and W is
 // decoded as it lies. c is y transposed. (Above, a panel of W serves rows enough to pay for its transpose.)
-int64_t turned_floats() { return kRows * kStride + 2 * kDepth * kWidth + W * kStride + spare_floats(kDepth); }
+int64_t turned_floats() {
+  return kRows * kStride + kDepth * kWidth + kWidth * kWidth + W * kStride + spare_floats(kDepth);
+}
 
 void turned_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   const int64_t m = part.row1 - part.row0;
   float *a = scratch, *panel = a + kRows * kStride, *c = panel + kDepth * kWidth;
-  float *rows = c + kWidth * kDepth, *spare = rows + W * kStride;
+  float *rows = c + kWidth * kWidth, *spare = rows + W * kStride;
   for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
     const int64_t width = least(part.column1 - c0, kWidth), strips = (width + kRows - 1) / kRows;
     int64_t slots[kWidth];
@@ -299,15 +301,8 @@ void turned_part(const Job& job, const Decoder& decoder, const Part& part, float
     memset(c, 0, sizeof(float) * (size_t)(width * kWidth));
     for (int64_t r0 = 0; r0 < w.k; r0 += kDepth) {
       const int64_t length = least(w.k - r0, kDepth);
-      for (int64_t i = 0; i < m; i += W) {  // panel[t][r][row]
-        for (int64_t j = 0; j < W; ++j)
-          if (i + j < m)
-            read_row(x_at(job, part.row0 + i + j, r0), job.dtype, length, rows + j * kStride);
-          else
-            memset(rows + j * kStride, 0, sizeof(float) * kStride);
-        float* out = panel + i / kTile * kTile * kDepth + i % kTile;
-        for (int64_t r = 0; r < length; r += 4) transpose4(rows + r, kStride, out + r * kTile, kTile);
-      }
+      for (int64_t t = 0; t < m; t += kTile)  // panel[t][r][row]
+        transpose_rows(job, part.row0 + t, m - t, kVectors, r0, length, rows, kStride, panel + t * kDepth, kTile);
       for (int64_t s = 0; s < strips; ++s) {
         const int64_t n = width * s / strips, height = width * (s + 1) / strips - n;
         for (int64_t i = 0; i < height; ++i)

@@ -67,4 +67,31 @@ inline const void* x_at(const Job& job, int64_t row, int64_t column) {
   return (const char*)job.x + (row * job.ldx + column) * size_of(job.dtype);
 }
 
+// out[k * ldo + row] = x[row0 + row, k0 + k] for k < depth and `vectors` W rows, zeros beyond `rows`.
+// wide: room for W rows of x, ldw >= depth + W apart
+void transpose_rows(const Job& job, int64_t row0, int64_t rows, int64_t vectors, int64_t k0, int64_t depth, float* wide,
+                    int64_t ldw, float* out, int64_t ldo) {
+  const int64_t there = round_up(depth, W);
+  for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t i = 0; i < W; ++i)
+      if (v * W + i < rows)
+        read_row(x_at(job, row0 + v * W + i, k0), job.dtype, depth, wide + i * ldw);
+      else
+        memset(wide + i * ldw, 0, sizeof(float) * (size_t)there);
+    for (int64_t k = 0; k < there; k += 4) transpose4(wide + k, ldw, out + k * ldo + v * W, ldo);
+  }
+}
+
+// y[row0 .. row0 + rows, column0 .. column0 + columns) from its transpose; c's columns are ldc apart
+void write_transposed(const Job& job, int64_t row0, int64_t rows, int64_t column0, int64_t columns, const float* c,
+                      int64_t ldc) {
+  alignas(64) float out[W * W];
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < columns; j += W) {
+      for (int64_t r = 0; r < W; r += 4) transpose4(c + j * ldc + i + r, ldc, out + r * W, W);
+      for (int64_t r = 0; r < least(W, rows - i); ++r)
+        write_row(job, row0 + i + r, column0 + j, least(W, columns - j), out + r * W);
+    }
+}
+
 }  // namespace

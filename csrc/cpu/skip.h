@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kSkipWidth = 256;  // columns of a panel
 constexpr int64_t kSkipBlock = 384;  // rows of x that share a panel
 constexpr int64_t kSkipStride = kSkipWidth + W;
+constexpr int64_t kSkipWide = kListMost + W;
 constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
 
 // c[0 .. kV W) += the list times xt. kChains sums for each vector hide the latency of an add.
@@ -59,26 +60,29 @@ SkipTile skip_tile_of(int vectors, bool four) {
     return skip_tile_of<kV - 1>(vectors, four);
 }
 
-// How a block of `rows` rows of x is cut.
+// How `rows` rows of x, a block of a thread's share, are cut into slices. What decides the order of a sum (steps) comes
+// from the whole job, so that the number of threads does not change its bits.
 struct Slices {
-  int64_t vectors, count;  // vectors of rows; slices of nearly equal height
-  int64_t height;          // of the highest slice, in vectors
+  int64_t height;          // of a slice, in vectors of rows, at most
+  int64_t vectors, count;  // of rows; of slices
   int64_t steps;           // of the sum that a slice holds
   int64_t pitch;           // bytes from a step to the next
-  Slices(const Job& job, int64_t rows)
-      : vectors((rows + W - 1) / W),
-        count((vectors + kSkipVectors - 1) / kSkipVectors),
-        height((vectors + count - 1) / count),
-        steps(kSkipFloats / (height * W) / kSkipDepth * kSkipDepth),
-        pitch(height * W * 4) {
+  Slices(const Job& job, int64_t rows) {
+    const int64_t all = (least(job.m, kSkipBlock) + W - 1) / W, fewest = (all + kSkipVectors - 1) / kSkipVectors;
+    height = (all + fewest - 1) / fewest;
+    vectors = (rows + W - 1) / W;
+    count = (vectors + height - 1) / height;
+    steps = kSkipFloats / (height * W) / kSkipDepth * kSkipDepth;
     if (job.transposed) steps = least(steps, kSkipColumn);
+    pitch = height * W * 4;
   }
+  int64_t begin(int64_t slice) const { return vectors * slice / count; }  // its first vector
 };
 
 int64_t skip_floats(int64_t rows) {
   const int64_t block = round_up(least(rows, kSkipBlock), W);
   return kSkipFloats + kSkipWidth * block + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost) +
-         kSkipColumn * kSkipStride + kSkipWidth * (kSkipColumn + W) + W * (kListMost + W) + spare_floats(kListMost);
+         kSkipColumn * kSkipStride + kSkipWidth * (kSkipColumn + W) + W * kSkipWide + spare_floats(kListMost);
 }
 
 // Memory of a thread.
@@ -91,34 +95,8 @@ struct Skip {
         rows(lists + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost)),
         columns(rows + kSkipColumn * kSkipStride),
         wide(columns + kSkipWidth * (kSkipColumn + W)),
-        spare(wide + W * (kListMost + W)) {}
+        spare(wide + W * kSkipWide) {}
 };
-
-// slice[step][row] = x[row0 + row, k0 + step] for `vectors` W rows; zeros beyond `rows` and `depth`
-void transpose_rows(const Job& job, int64_t row0, int64_t rows, int64_t vectors, int64_t k0, int64_t depth,
-                    int64_t pitch, float* wide, float* slice) {
-  const int64_t stride = kListMost + W, there = round_up(depth, W);
-  for (int64_t v = 0; v < vectors; ++v) {
-    for (int64_t i = 0; i < W; ++i)
-      if (v * W + i < rows)
-        read_row(x_at(job, row0 + v * W + i, k0), job.dtype, depth, wide + i * stride);
-      else
-        memset(wide + i * stride, 0, sizeof(float) * (size_t)there);
-    for (int64_t k = 0; k < there; k += 4) transpose4(wide + k, stride, slice + k * pitch / 4 + v * W, pitch / 4);
-  }
-}
-
-// y[row0 .. row0 + rows, column0 .. column0 + columns) from its transpose; c's columns are `stride` apart
-void write_transposed(const Job& job, int64_t row0, int64_t rows, int64_t column0, int64_t columns, const float* c,
-                      int64_t stride) {
-  alignas(64) float out[W * W];
-  for (int64_t i = 0; i < rows; i += W)
-    for (int64_t j = 0; j < columns; j += W) {
-      for (int64_t r = 0; r < W; r += 4) transpose4(c + j * stride + i + r, stride, out + r * W, W);
-      for (int64_t r = 0; r < least(W, rows - i); ++r)
-        write_row(job, row0 + i + r, column0 + j, least(W, columns - j), out + r * W);
-    }
-}
 
 // Lists of columns k0 .. k0 + width - 1 of W, rows n0 .. n0 + depth - 1
 template <class Decoder>
@@ -170,24 +148,22 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
           list_columns(w, decoder, r0, length, c0, width, slices.pitch, memory, lists);
         else if (!at_once)
           for (int64_t i = 0; i < width; ++i) list(i);
-        for (int64_t s = 0, first = 0; s < slices.count; ++s) {
-          const int64_t next = slices.vectors * (s + 1) / slices.count;
-          transpose_rows(job, m0 + first * W, m - first * W, next - first, r0, length, slices.pitch, memory.wide,
-                         memory.slice);
+        for (int64_t s = 0; s < slices.count; ++s) {
+          const int64_t first = slices.begin(s), next = slices.begin(s + 1);
+          transpose_rows(job, m0 + first * W, m - first * W, next - first, r0, length, memory.wide, kSkipWide,
+                         memory.slice, slices.pitch / 4);
           const SkipTile tile = skip_tile_of<kSkipVectors>((int)(next - first), four);
           float* c = memory.c + first * W * width;  // of a slice (columns, its rows): in the order of use
           for (int64_t i = 0; i < width; ++i, c += (next - first) * W) {
             if (at_once) list(i);
             tile(lists[i], memory.slice, c);
           }
-          first = next;
         }
       }
-      for (int64_t s = 0, first = 0; s < slices.count; ++s) {
-        const int64_t next = slices.vectors * (s + 1) / slices.count;
+      for (int64_t s = 0; s < slices.count; ++s) {
+        const int64_t first = slices.begin(s), next = slices.begin(s + 1);
         write_transposed(job, m0 + first * W, least(m, next * W) - first * W, c0, width, memory.c + first * W * width,
                          (next - first) * W);
-        first = next;
       }
     }
 }
