@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from . import ops  # noqa: F401  (registers torch.ops.ctp)
+from . import ops
 from .errors import CTPError
 from .format import FLOAT_DTYPES
 from .fuse import FusedGroup
@@ -56,9 +56,7 @@ class PackedLinear(nn.Module):
             if y is not None:
                 return y
         tensors = [self._buffers[name] for name in self.format.kernel_names]
-        return torch.ops.ctp.matmul(
-            x, tensors, self.bias, self.format.name, self.out_features, self.backend, self.compute
-        )
+        return ops.linear(x, tensors, self.bias, self.format, self.out_features, self.backend, self.compute)
 
     def extra_repr(self) -> str:
         mode = "" if self.compute == "exact" else f", compute={self.compute}"
