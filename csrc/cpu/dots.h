@@ -8,6 +8,22 @@ namespace {
 constexpr int64_t kDotChunk = 512;             // inputs: four decoded rows and the rows of x stay in L1
 constexpr int64_t kDotStride = kDotChunk + W;  // a group's last lanes may be stored past the chunk
 
+constexpr int kDotGroup = 16;         // rows of W that meet a chunk of x while it is in L1
+constexpr int64_t kDotInputs = 4096;  // of all rows of x in a chunk
+
+// Inputs k0 .. k1 - 1 of the rows of x, ldx apart, and zeros as far as a vector reaches; room for decoded rows of W.
+struct Span {
+  int64_t k0, k1;
+  const float* x;
+  int64_t ldx;
+  float* spare;
+};
+
+// sums[(m * kDotGroup + r + i) * W] += lanes whose sum is W[n + i, k0 .. k1) . x[m, k0 .. k1), for four i, and some m
+// from m0 on. k0 and k1 are multiples of 64, or k1 is K. slots[i]: where row n + i stands, and then where it stands
+// after k1. ahead: how many entries further on to prefetch from. Past the last row of W, that row is repeated.
+using Dots = void (*)(const Weight&, const Span&, int64_t n, int64_t m0, int64_t* slots, int64_t ahead, float* sums);
+
 #if defined(__AVX512VBMI2__)
 
 // Whether 64 inputs share a grid.
@@ -16,21 +32,23 @@ inline bool in_blocks(const Weight& w) {
   return !Values::kGrouped || w.group % 64 == 0 || w.groups == 1;
 }
 
-// A row of x (k,), as dots() takes it.
+// Some inputs of a row of x, as dots() takes them.
 template <class Pattern, class Values>
-void reorder_row(const Weight& w, float* x) {
+void reorder_row(const Weight& w, float* x, int64_t count) {
   if (in_blocks<Values>(w))
-    for (int64_t k = 0; k + 64 <= w.k; k += 64) Blocks<Pattern, Values>::reorder(x + k);
+    for (int64_t k = 0; k + 64 <= count; k += 64) Blocks<Pattern, Values>::reorder(x + k);
 }
 
-template <class Pattern, class Values, int kM, int kR>
-void dot_rows(const Weight& w, int64_t row0, const float* x, int64_t ldx, float* scratch, float* sums) {
-  constexpr int kTurns = kM == 1 ? 2 : 1;  // sums enough in flight to hide the latency of an add
+template <class Pattern, class Values, int kM>
+void dots(const Weight& w, const Span& span, int64_t n, int64_t m0, int64_t* slots, int64_t ahead, float* sums) {
+  constexpr int kR = 4, kTurns = kM == 1 ? 2 : 1;  // sums enough in flight to hide the latency of an add
+  const float* const x = span.x + m0 * span.ldx - span.k0;
+  const int64_t ldx = span.ldx, k1 = span.k1;
   vf acc[kR][kM][kTurns];
   int64_t rows[kR];
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r) {
-    rows[r] = least(row0 + r, w.n - 1);
+    rows[r] = least(n + r, w.n - 1);
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 2
@@ -39,13 +57,11 @@ void dot_rows(const Weight& w, int64_t row0, const float* x, int64_t ldx, float*
   using B = Blocks<Pattern, Values>;
   B blocks[kR] = {};
 #pragma GCC unroll 4
-  for (int r = 0; r < kR; ++r) blocks[r] = B(w, rows[r], 0, Pattern::start(w, rows[r], 0));
-  // The next four rows, at the place where these four are.
-  const int64_t ahead = Pattern::start(w, least(rows[0] + 4, w.n - 1), 0) - blocks[0].slot;
-  int64_t k = 0;
+  for (int r = 0; r < kR; ++r) blocks[r] = B(w, rows[r], span.k0, slots[r]);
+  int64_t k = span.k0;
   if (in_blocks<Values>(w))
-    for (int64_t group = 0; k + 64 <= w.k; ++group) {
-      const int64_t end = Values::kGrouped ? least((group + 1) * w.group, w.k) : w.k;
+    for (int64_t group = Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0; k + 64 <= k1; ++group) {
+      const int64_t end = Values::kGrouped ? least((group + 1) * w.group, k1) : k1;
       decltype(Values::grid(w, 0, 0)) grids[kR];
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) grids[r] = Values::grid(w, rows[r], group);
@@ -67,13 +83,15 @@ void dot_rows(const Weight& w, int64_t row0, const float* x, int64_t ldx, float*
         }
       }
     }
-  float *out = scratch, *spare = scratch + kDotStride;
-  for (; k < w.k; k = least(k + kDotChunk, w.k)) {  // short groups, and what is left of the row
-    const int64_t end = least(k + kDotChunk, w.k);
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r) slots[r] = blocks[r].slot;
+  float *out = span.spare, *unpacked = out + kDotStride;
+  for (; k < k1; k = least(k + kDotChunk, k1)) {  // short groups, and what is left of the row
+    const int64_t end = least(k + kDotChunk, k1);
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       Store sink{out - k};
-      blocks[r].slot = decode<Pattern, Values>(w, rows[r], k, end, blocks[r].slot, kAhead, spare, sink);
+      slots[r] = decode<Pattern, Values>(w, rows[r], k, end, slots[r], kAhead, unpacked, sink);
       for (int64_t at = k; at < end; at += W)
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m)
@@ -83,13 +101,10 @@ void dot_rows(const Weight& w, int64_t row0, const float* x, int64_t ldx, float*
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) sums[m * 4 + r] = sum(kTurns == 2 ? add(acc[r][m][0], acc[r][m][1]) : acc[r][m][0]);
-}
-
-template <class Pattern, class Values, int kM>
-void dots(const Weight& w, int64_t row, const float* x, int64_t ldx, float* scratch, float* sums) {
-  constexpr int kR = kM < 8 ? 4 : 2;  // rows of W in the register tile
-  for (int r = 0; r < 4; r += kR) dot_rows<Pattern, Values, kM, kR>(w, row + r, x, ldx, scratch, sums + r);
+    for (int m = 0; m < kM; ++m) {
+      float* to = sums + (m * kDotGroup + r) * W;
+      store(to, add(load(to), kTurns == 2 ? add(acc[r][m][0], acc[r][m][1]) : acc[r][m][0]));
+    }
 }
 
 #endif

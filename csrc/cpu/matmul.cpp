@@ -36,9 +36,9 @@ struct Decoder {
   int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, int64_t pitch,
                   List& list);
   Start start;
-  // dots[i]: sums[m * 4 + r] = sum over k of W[row + r, k] x[m, k], for 2^i rows of x, ldx apart
-  void (*reorder)(const Weight&, float* x);
-  void (*dots[4])(const Weight&, int64_t row, const float* x, int64_t ldx, float* scratch, float* sums);
+  // dots.h, where it has its instructions: for 1, 2 and 4 rows of x
+  void (*reorder)(const Weight&, float* x, int64_t count);
+  Dots dots[3];
   Codes codes;
 };
 
@@ -57,14 +57,13 @@ struct Composed {
     return sum(add(add(sink.sums[0], sink.sums[1]), add(sink.sums[2], sink.sums[3])));
   }
 #if defined(__AVX512VBMI2__)
-  static constexpr Decoder kDecoder = {
-      decode_row,
-      dot_row,
-      list_row<Pattern, Values>,
-      Pattern::start,
-      reorder_row<Pattern, Values>,
-      {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>, dots<Pattern, Values, 8>},
-      codes_of<Pattern, Values>()};
+  static constexpr Decoder kDecoder = {decode_row,
+                                       dot_row,
+                                       list_row<Pattern, Values>,
+                                       Pattern::start,
+                                       reorder_row<Pattern, Values>,
+                                       {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>},
+                                       codes_of<Pattern, Values>()};
 #else
   static constexpr Decoder kDecoder = {decode_row, dot_row, list_row<Pattern, Values>,  Pattern::start,
                                        nullptr,    {},      codes_of<Pattern, Values>()};
@@ -104,7 +103,7 @@ const Decoder& decoder_of(const Weight& w) {
 
 // ---- Few rows: dot products ---------------------------------------------------------------------------------------
 
-// sums[i * 4 + j] += x row i . w row j, for kM rows of x and 4 of w
+// sums[(i * kDotGroup + j) * W] += lanes whose sum is x row i . w row j, for kM rows of x and 4 of w
 template <int kM>
 void dot_tile(const float* x, int64_t ldx, const float* w, int64_t length, float* sums) {
   vf acc[kM][4];
@@ -124,59 +123,83 @@ void dot_tile(const float* x, int64_t ldx, const float* w, int64_t length, float
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kM; ++i) sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], sums + 4 * i);
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < 4; ++j) {
+      float* to = sums + (i * kDotGroup + j) * W;
+      store(to, add(load(to), acc[i][j]));
+    }
 }
 
 // Floats between rows of x: zeros as far as the lanes of a short last group reach.
 inline int64_t padded_inputs(const Weight& w) { return round_up(w.k, W) + W; }
 
 int64_t dot_floats(const Job& job) {
-  const int64_t padded = padded_inputs(job.weight);
-  return (job.m + 3) * padded + 4 * kDotStride + 4 * (job.m + 3) + W + spare_floats(kRowChunk);
+  return (job.m + 3) * (padded_inputs(job.weight) + kDotGroup * W) + 4 * kDotStride + spare_floats(kRowChunk);
 }
 
+// Rows of W, four at a time, are decoded in registers where dots.h can, as often as four rows of x want them; or once,
+// into L1.
 void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
-  const int64_t padded = padded_inputs(w);
   // Up to three rows of x more than there are: a register tile computes them, and nobody reads the sums.
-  float *x = scratch, *rows = x + (job.m + 3) * padded, *sums = rows + 4 * kDotStride,
-        *spare = sums + 4 * (job.m + 3) + W;
-  for (int64_t i = 0; i < job.m; ++i) {
-    store(x + (i + 1) * padded - W, zero());
-    read_row(x_at(job, i, 0), job.dtype, w.k, x + i * padded);
+  const int64_t padded = padded_inputs(w), ms = job.m + 3;
+  float *x = scratch, *sums = x + ms * padded, *rows = sums + ms * kDotGroup * W, *spare = rows + 4 * kDotStride;
+  const bool in_registers = decoder.reorder && job.m <= (w.pattern == CTP_DENSE && w.values == CTP_INT4 ? 24 : 8);
+  const bool one_row = !decoder.reorder && job.m == 1;
+  // Inputs of a chunk: what L1 holds of the rows of x that meet rows of W there, and a whole number of blocks.
+  const int64_t chunk = least(one_row        ? padded
+                              : in_registers ? kDotInputs / least(job.m, 4) & ~63
+                                             : least((kDotInputs / job.m & ~63) + 128, kDotChunk),
+                              padded);
+  for (int64_t k = 0; k < w.k; k += chunk) {  // a chunk of x lies in one piece, so that L1 holds it
+    const int64_t length = least(chunk, padded - k), there = least(length, w.k - k);
+    float* row = x + k * ms;
+    memset(row, 0, sizeof(float) * (size_t)(ms * length));
+    for (int64_t i = 0; i < job.m; ++i, row += length) {
+      read_row(x_at(job, i, k), job.dtype, there, row);
+      if (in_registers) decoder.reorder(w, row, there);
+    }
   }
-  const bool in_registers = decoder.reorder && job.m <= 8;
-  if (in_registers) {
-    for (int64_t i = 0; i < job.m; ++i) decoder.reorder(w, x + i * padded);
-    memset(x + job.m * padded, 0, sizeof(float) * (size_t)(3 * padded));
-  }
-  for (int64_t n = part.column0; n < part.column1; n += 4) {
-    const int count = (int)least(4, part.column1 - n);
-    if (in_registers) {
-      const int shift = job.m <= 2 ? (int)job.m - 1 : job.m <= 4 ? 2 : 3;
-      decoder.dots[shift](w, n, x, padded, rows, sums);
-      for (int64_t i = 0; i < job.m; ++i) write_row(job, i, n, count, sums + 4 * i);
-      continue;
+  for (int64_t n0 = part.column0; n0 < part.column1; n0 += kDotGroup) {
+    const int64_t count = least(kDotGroup, part.column1 - n0);
+    int64_t slots[kDotGroup], begin[kDotGroup];
+    for (int64_t r = 0; r < round_up(count, 4); ++r) slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
+    // The next four rows, at the place where these four are.
+    const int64_t ahead = decoder.start(w, least(n0 + 4, w.n - 1), 0) - slots[0];
+    memset(sums, 0, sizeof(float) * (size_t)(ms * kDotGroup * W));
+    for (int64_t k = 0; k < w.k && !one_row; k += chunk) {
+      const Span span = {k, least(k + chunk, w.k), x + k * ms, least(chunk, padded - k), spare};
+      if (in_registers) {
+        memcpy(begin, slots, sizeof begin);
+        for (int64_t m = 0; m < job.m; m += 4) {
+          const int64_t left = job.m - m;
+          memcpy(slots, begin, sizeof begin);
+          for (int64_t r = 0; r < count; r += 4)
+            decoder.dots[left > 2 ? 2 : left - 1](w, span, n0 + r, m, slots + r, ahead, sums + (m * kDotGroup + r) * W);
+        }
+        continue;
+      }
+      for (int64_t r = 0; r < count; r += 4) {
+        for (int64_t i = 0; i < 4; ++i) {
+          float* out = rows + i * kDotStride;
+          memset(out + (span.k1 - k) / W * W, 0, sizeof(float) * W);
+          slots[r + i] = decoder.decode(w, least(n0 + r + i, w.n - 1), k, span.k1, slots[r + i], ahead, spare, out);
+        }
+        const int64_t length = round_up(span.k1 - k, W);
+        int64_t m = 0;
+        for (; m + kDotRows <= job.m; m += kDotRows)
+          dot_tile<kDotRows>(span.x + m * span.ldx, span.ldx, rows, length, sums + (m * kDotGroup + r) * W);
+        for (; m < job.m; ++m)
+          dot_tile<1>(span.x + m * span.ldx, span.ldx, rows, length, sums + (m * kDotGroup + r) * W);
+      }
     }
-    if (job.m == 1) {
-      for (int j = 0; j < count; ++j) sums[j] = decoder.dot(w, n + j, x, spare);
-      write_row(job, 0, n, count, sums);
-      continue;
+    for (int64_t i = 0; i < job.m; ++i) {
+      float out[kDotGroup];
+      for (int r = 0; r < count; ++r)
+        out[r] = one_row ? decoder.dot(w, n0 + r, x, spare) : sum(load(sums + (i * kDotGroup + r) * W));
+      write_row(job, i, n0, count, out);
     }
-    int64_t slots[4];
-    for (int j = 0; j < count; ++j) slots[j] = decoder.start(w, n + j, 0);
-    memset(rows, 0, sizeof(float) * (size_t)(4 * kDotStride));
-    memset(sums, 0, sizeof(float) * (size_t)(4 * job.m));
-    for (int64_t k = 0; k < w.k; k += kDotChunk) {
-      const int64_t end = least(k + kDotChunk, w.k), length = round_up(end - k, W);
-      for (int j = 0; j < count; ++j)
-        slots[j] = decoder.decode(w, n + j, k, end, slots[j], kAhead, spare, rows + j * kDotStride);
-      int64_t i = 0;
-      for (; i + kDotRows <= job.m; i += kDotRows)
-        dot_tile<kDotRows>(x + i * padded + k, padded, rows, length, sums + 4 * i);
-      for (; i < job.m; ++i) dot_tile<1>(x + i * padded + k, padded, rows, length, sums + 4 * i);
-    }
-    for (int64_t i = 0; i < job.m; ++i) write_row(job, i, n, count, sums + 4 * i);
   }
 }
 
