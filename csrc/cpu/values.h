@@ -17,11 +17,12 @@ struct Identity {
 };
 
 // Asks for the bytes of the 4 W entries of kBits bits from `slot`, which may lie past the end. The processor's own
-// prefetch stops at every page and does not see past a loop that waits for arithmetic.
+// prefetch stops at every page and does not see past a loop that waits for arithmetic. Into L2: L1 waits for no more
+// than 24 lines at a time, which is half the speed of memory (Zen 4).
 template <int kBits>
 inline void prefetch(const void* stored, int64_t slot) {
   const char* p = (const char*)stored + (slot * kBits >> 3);
-  for (int i = 0; i < 4 * W * kBits / 8; i += 64) __builtin_prefetch(p + i);
+  for (int i = 0; i < 4 * W * kBits / 8; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <int kValues>
