@@ -5,6 +5,7 @@
 // depth and columns are (k, n) forward and (n, k) for dx; one register-tiled kernel C += A P serves both.
 // Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
+#include "brain.h"
 #include "int8.h"
 #include "skip.h"
 
@@ -39,6 +40,9 @@ struct Decoder {
   // dots.h, where it has its instructions: for 1, 2 and 4 rows of x
   void (*reorder)(const Weight&, float* x, int64_t count);
   Dots dots[3];
+  // brain.h, likewise
+  int64_t (*brain)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* spare,
+                   uint16_t* out);
   Codes codes;
 };
 
@@ -63,10 +67,11 @@ struct Composed {
                                        Pattern::start,
                                        reorder_row<Pattern, Values>,
                                        {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>},
+                                       brain_row<Pattern, Values>,
                                        codes_of<Pattern, Values>()};
 #else
-  static constexpr Decoder kDecoder = {decode_row, dot_row, list_row<Pattern, Values>,  Pattern::start,
-                                       nullptr,    {},      codes_of<Pattern, Values>()};
+  static constexpr Decoder kDecoder = {decode_row, dot_row, list_row<Pattern, Values>,  Pattern::start, nullptr,
+                                       {},         nullptr, codes_of<Pattern, Values>()};
 #endif
 };
 
@@ -348,8 +353,9 @@ int run(const Job& job, int threads) {
   const Decoder& decoder = decoder_of(w);
   if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder.codes, decoder.start, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
-  const bool skip = skips(job) && all_finite(job, threads), dot = !skip && !job.transposed && job.m <= kDotLimit;
-  const bool turned = !skip && !dot && !job.transposed && job.m <= kWidth;
+  const bool brain = in_brain(job), skip = !brain && skips(job) && all_finite(job, threads);
+  const bool dot = !brain && !skip && !job.transposed && job.m <= kDotLimit;
+  const bool turned = !brain && !skip && !dot && !job.transposed && job.m <= kWidth;
   const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
   const int64_t across = least(threads, units);
@@ -361,13 +367,16 @@ int run(const Job& job, int threads) {
     const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
                        least(units * (j + 1) / across * unit, job.columns())};
     const int64_t rows = part.row1 - part.row0;
-    float* memory = scratch((size_t)(dot      ? dot_floats(job)
+    float* memory = scratch((size_t)(brain    ? brain_floats()
+                                     : dot    ? dot_floats(job)
                                      : skip   ? skip_floats(rows)
                                      : turned ? turned_floats()
                                               : panel_floats(rows)));
     if (!memory) {
 #pragma omp atomic write
       status = CTP_OUT_OF_MEMORY;
+    } else if (brain) {
+      brain_part(job, decoder, part, memory);
     } else if (dot) {
       dot_part(job, decoder, part, memory);
     } else if (turned) {
