@@ -11,9 +11,10 @@
 
 namespace {
 
-constexpr int64_t kRowChunk = 2048;       // inputs: the unpacked entries of a chunk stay in L1
-constexpr int64_t kDepth = 256;           // depth of a panel: kDepth x kTile floats of it stay in L1
-constexpr int64_t kWidth = 256;           // columns of a panel
+constexpr int64_t kRowChunk = 2048;            // inputs: the unpacked entries of a chunk stay in L1
+constexpr int64_t kDepth = 256;                // depth of a panel: kDepth x kTile floats of it stay in L1
+constexpr int64_t kWidth = 256;                // columns of a panel
+constexpr int64_t kPanelStride = kWidth + 16;  // floats between rows of a panel that is decoded as W lies
 constexpr int64_t kBlock = 512;           // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
 
@@ -212,13 +213,13 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
 
 // C (kR, kTile) += A (kR, length) P (length, kTile); rows of A are kStride apart, rows of C kWidth.
 template <int kR>
-void panel_tile(const float* a, const float* p, int64_t length, float* c) {
+void panel_tile(const float* a, const float* p, int64_t pitch, int64_t length, float* c) {
   vf acc[kR][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) acc[i][v] = zero();
-  for (int64_t r = 0; r < length; ++r, p += kTile) {
+  for (int64_t r = 0; r < length; ++r, p += pitch) {
     vf b[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) b[v] = load(p + v * W);
@@ -238,7 +239,7 @@ void panel_tile(const float* a, const float* p, int64_t length, float* c) {
     }
 }
 
-using PanelTile = void (*)(const float*, const float*, int64_t, float*);
+using PanelTile = void (*)(const float*, const float*, int64_t, int64_t, float*);
 template <int kR>
 PanelTile panel_tile_of(int rows) {
   if constexpr (kR == 1)
@@ -265,24 +266,21 @@ void fill_forward(const Weight& w, const Decoder& decoder, int64_t k0, int64_t d
 }
 
 // The panel of outputs n0 .. n0 + depth - 1 and inputs k0 .. k0 + width - 1, for dx.
-// panel[t][r][c] = W[n0 + r, k0 + t kTile + c]
+// panel[r][c] = W[n0 + r, k0 + c]
 void fill_backward(const Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t width,
-                   float* row, float* spare, float* panel) {
-  memset(row, 0, sizeof(float) * kWidth);
-  for (int64_t r = 0; r < depth; ++r) {
-    decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k, spare, row);
-    for (int64_t c = 0; c < width; c += kTile)
-      for (int64_t v = 0; v < kTile; v += W) store(panel + c * kDepth + r * kTile + v, load(row + c + v));
-  }
+                   float* spare, float* panel) {
+  for (int64_t r = 0; r < depth; ++r)
+    decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k, spare,
+                   panel + r * kPanelStride);
 }
 
 int64_t panel_floats(int64_t rows) {
-  return least(rows, kBlock) * (kStride + kWidth) + kDepth * kWidth + W * kStride + spare_floats(kDepth);
+  return least(rows, kBlock) * (kStride + kWidth) + kDepth * kPanelStride + W * kStride + spare_floats(kDepth);
 }
 
 void panel_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const int64_t block = least(part.row1 - part.row0, kBlock), depth = job.depth();
-  float *a = scratch, *panel = a + block * kStride, *c = panel + kDepth * kWidth;
+  float *a = scratch, *panel = a + block * kStride, *c = panel + kDepth * kPanelStride;
   float *rows = c + block * kWidth, *spare = rows + W * kStride;
   for (int64_t m0 = part.row0; m0 < part.row1; m0 += kBlock)
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
@@ -294,7 +292,7 @@ void panel_part(const Job& job, const Decoder& decoder, const Part& part, float*
       for (int64_t r0 = 0; r0 < depth; r0 += kDepth) {
         const int64_t length = least(depth - r0, kDepth);
         if (job.transposed)
-          fill_backward(job.weight, decoder, r0, length, c0, width, rows, spare, panel);
+          fill_backward(job.weight, decoder, r0, length, c0, width, spare, panel);
         else
           fill_forward(job.weight, decoder, r0, length, c0, width, slots, rows, spare, panel);
         for (int64_t i = 0; i < m; ++i) read_row(x_at(job, m0 + i, r0), job.dtype, length, a + i * kStride);
@@ -302,7 +300,8 @@ void panel_part(const Job& job, const Decoder& decoder, const Part& part, float*
         for (int64_t t = 0; t < width; t += kTile)
           for (int64_t s = 0; s < strips; ++s) {  // of nearly equal height: 16 rows are 8 + 8, not 12 + 4
             const int64_t i = m * s / strips, height = m * (s + 1) / strips - i;
-            panel_tile_of<kRows>((int)height)(a + i * kStride, panel + t * kDepth, length, c + i * kWidth + t);
+            panel_tile_of<kRows>((int)height)(a + i * kStride, job.transposed ? panel + t : panel + t * kDepth,
+                                              job.transposed ? kPanelStride : kTile, length, c + i * kWidth + t);
           }
       }
       for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, c0, width, c + i * kWidth);
@@ -336,7 +335,7 @@ void turned_part(const Job& job, const Decoder& decoder, const Part& part, float
         for (int64_t i = 0; i < height; ++i)
           slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, spare, a + i * kStride);
         for (int64_t t = 0; t < m; t += kTile)
-          panel_tile_of<kRows>((int)height)(a, panel + t * kDepth, length, c + n * kWidth + t);
+          panel_tile_of<kRows>((int)height)(a, panel + t * kDepth, kTile, length, c + n * kWidth + t);
       }
     }
     write_transposed(job, part.row0, m, c0, width, c, kWidth);
