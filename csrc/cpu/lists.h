@@ -5,10 +5,10 @@
 
 namespace {
 
-constexpr int64_t kSkipDepth = 64;                              // steps of the sum in a list, at least
-constexpr int64_t kSkipFloats = kSkipDepth * kSkipVectors * W;  // of the slice of x: more steps where it is narrow
-constexpr int64_t kListMost = kSkipDepth * kSkipVectors;        // steps of a list, at most
-constexpr int kSkipPad = 4;                                     // a list ends with zeros up to a multiple of this
+constexpr int64_t kSkipDepth = 64;                   // steps of the sum in a list, at least
+constexpr int64_t kSkipFloats = kSkipDepth * 6 * W;  // of the slice of x: more steps where it is narrow
+constexpr int64_t kListMost = kSkipDepth * 6;        // steps of a list, at most
+constexpr int kSkipPad = 4;                          // a list ends with zeros up to a multiple of this
 
 // values[i] times step places[i] / pitch of the slice, where pitch is the bytes from one step to the next
 struct List {

@@ -9,6 +9,7 @@
 //                                            K = 2048 and 8192: int4, fp32, 50 % bf16; Ice Lake)
 //   kSkipVectors, kSkipFours                 vectors of rows in a slice of skip.h; up to how many of them take four sums
 //   load store zero set1 add mul fma sum     as named; fma(a, b, c) = a * b + c
+//   repeat(p) pick<i>(v)                     p[0 .. 4) again and again; element i of that in every lane
 //   sum4(a, b, c, d, out)                    out[0..3] += the four sums
 //   first(v, count)                          lanes below count, zeros above
 //   expand(v, bits)                          lane i takes the next lane of v where bit i is set, zero where it is not

@@ -14,6 +14,11 @@ inline vf load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 inline vf zero() { return _mm256_setzero_ps(); }
 inline vf set1(float v) { return _mm256_set1_ps(v); }
+inline vf repeat(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+template <int kLane>
+inline vf pick(vf fours) {
+  return _mm256_permute_ps(fours, 0x55 * kLane);
+}
 inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }

@@ -7,13 +7,18 @@ namespace {
 
 using vf = __m512;
 constexpr int W = 16;
-constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kSkipVectors = 6, kSkipFours = 3,
+constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kSkipVectors = 3, kSkipFours = 3,
               kScatterVectors = 2;
 
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 inline vf zero() { return _mm512_setzero_ps(); }
 inline vf set1(float v) { return _mm512_set1_ps(v); }
+inline vf repeat(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+template <int kLane>
+inline vf pick(vf fours) {
+  return _mm512_permute_ps(fours, 0x55 * kLane);
+}
 inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }

@@ -13,6 +13,11 @@ inline vf load(const float* p) { return peek<vf>(p); }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 inline vf zero() { return vf{}; }
 inline vf set1(float v) { return vf{v, v, v, v, v, v, v, v}; }
+inline vf repeat(const float* p) { return vf{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]}; }
+template <int kLane>
+inline vf pick(vf fours) {
+  return set1(fours[kLane]);
+}
 inline vf add(vf a, vf b) { return a + b; }
 inline vf mul(vf a, vf b) { return a * b; }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }

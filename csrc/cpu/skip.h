@@ -29,17 +29,21 @@ void skip_tile(const List& list, const float* xt, float* c) {
 #pragma GCC unroll 16
   for (int j = 0; j < kV * kChains; ++j) acc[j] = zero();
   for (int i = 0; i < list.count; i += kSkipPad) {
-    const uint64_t places = peek<uint64_t>(list.places + i);  // one load for four: loads are what limits this loop
-#pragma GCC unroll 4
-    for (int e = 0; e < kSkipPad; ++e) {
-      const vf value = set1(list.values[i + e]);
+    // One load of values and one of places for four entries: loads are what limits this loop.
+    const vf values = repeat(list.values + i);
+    const uint64_t places = peek<uint64_t>(list.places + i);
+    const auto entry = [&](vf value, int e) {
       const float* x = (const float*)((const char*)xt + (places >> 16 * e & 0xffff));
 #pragma GCC unroll 16
       for (int v = 0; v < kV; ++v) {
         vf& sum = acc[v * kChains + e % kChains];
         sum = fma(value, load(x + v * W), sum);
       }
-    }
+    };
+    entry(pick<0>(values), 0);
+    entry(pick<1>(values), 1);
+    entry(pick<2>(values), 2);
+    entry(pick<3>(values), 3);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < kV; ++v) {
@@ -124,13 +128,13 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
   const Weight& w = job.weight;
   const int64_t block = round_up(least(part.row1 - part.row0, kSkipBlock), W), depth = job.depth();
   const Skip memory(scratch, block);
-  const bool four = job.m <= kSkipFours * W;  // whatever the threads
   for (int64_t m0 = part.row0; m0 < part.row1; m0 += kSkipBlock)
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += kSkipWidth) {
       const int64_t m = least(part.row1 - m0, kSkipBlock), width = least(part.column1 - c0, kSkipWidth);
       const Slices slices(job, m);
+      const bool four = slices.height <= kSkipFours;
       // Few rows: lists are long, and used as soon as they are made. Otherwise, all lists of the panel are made first.
-      const bool at_once = slices.height <= kSkipVectors / 2 && !job.transposed;
+      const bool at_once = slices.count == 1 && slices.height <= 3 && !job.transposed;
       List lists[kSkipWidth];
       int64_t slots[kSkipWidth];
       for (int64_t i = 0; i < width; ++i) {
@@ -194,8 +198,8 @@ inline bool skips(const Job& job) {
   const double share = w.pattern == CTP_SPARSE24 ? 0.5 : (double)w.row_offsets[w.n] * 8 / entries;
   if (share > 0.6) return false;
   const bool few = share < 0.35;
-  if (job.transposed) return job.m >= (few ? 48 : 128);
-  return job.m > kDotLimit || (few && job.m >= 12);
+  if (job.transposed) return job.m >= (few ? 32 : 80);
+  return job.m > kDotLimit || (job.m >= 12 && (few || w.pattern == CTP_SPARSE24));
 }
 
 }  // namespace
