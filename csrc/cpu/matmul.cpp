@@ -1,9 +1,9 @@
 // y = x W^T + bias and dx = dy W, compiled once for each instruction set as namespace ctp::CTP_ISA.
 //
-// One row of x: each row of W is decoded and multiplied in registers. A few rows: four rows of W are decoded into L1
-// and multiplied as dot products. Many rows: a panel of W is decoded into L2, laid out as (depth, columns), where
-// depth and columns are (k, n) forward and (n, k) for dx; one register-tiled kernel C += A P serves both.
-// Every sum runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
+// A few rows of x: dot products with rows of W, which are decoded in registers or, four at a time, into L1. Many rows:
+// one register-tiled kernel C += A P, where the panel P, in L2, is of x transposed (forward) or of W (dx). A weight
+// with zeros and rows enough: skip.h. bf16 activations: brain.h. Activations rounded to integers: int8.h. Every sum
+// runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
 #include "brain.h"
 #include "int8.h"
@@ -15,7 +15,7 @@ constexpr int64_t kRowChunk = 2048;            // inputs: the unpacked entries o
 constexpr int64_t kDepth = 256;                // depth of a panel: kDepth x kTile floats of it stay in L1
 constexpr int64_t kWidth = 256;                // columns of a panel
 constexpr int64_t kPanelStride = kWidth + 16;  // floats between rows of a panel that is decoded as W lies
-constexpr int64_t kBlock = 512;           // rows of x that share a decoded panel: kBlock x kDepth floats stay in L2
+constexpr int64_t kBlock = 512;           // rows of dy that share a decoded panel: kBlock x kDepth floats stay in L2
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
 
 // ---- Sinks: what happens to decoded lanes -------------------------------------------------------------------------
@@ -211,29 +211,29 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
 
 // ---- Many rows: panels --------------------------------------------------------------------------------------------
 
-// C (kR, kTile) += A (kR, length) P (length, kTile); rows of A are kStride apart, rows of C kWidth.
-template <int kR>
+// C (kR, kV W) += A (kR, length) P (length, kV W); rows of A are kStride apart, rows of C kWidth.
+template <int kR, int kV>
 void panel_tile(const float* a, const float* p, int64_t pitch, int64_t length, float* c) {
-  vf acc[kR][kVectors];
+  vf acc[kR][kV];
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = zero();
+    for (int v = 0; v < kV; ++v) acc[i][v] = zero();
   for (int64_t r = 0; r < length; ++r, p += pitch) {
-    vf b[kVectors];
+    vf b[kV];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) b[v] = load(p + v * W);
+    for (int v = 0; v < kV; ++v) b[v] = load(p + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < kR; ++i) {
       const vf entry = set1(a[i * kStride + r]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(entry, b[v], acc[i][v]);
+      for (int v = 0; v < kV; ++v) acc[i][v] = fma(entry, b[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kV; ++v) {
       float* out = c + i * kWidth + v * W;
       store(out, add(load(out), acc[i][v]));
     }
@@ -241,105 +241,76 @@ void panel_tile(const float* a, const float* p, int64_t pitch, int64_t length, f
 
 using PanelTile = void (*)(const float*, const float*, int64_t, int64_t, float*);
 template <int kR>
-PanelTile panel_tile_of(int rows) {
+PanelTile panel_tile_of(int64_t rows) {
   if constexpr (kR == 1)
-    return panel_tile<1>;
+    return panel_tile<1, kVectors>;
   else
-    return rows == kR ? panel_tile<kR> : panel_tile_of<kR - 1>(rows);
+    return rows == kR ? panel_tile<kR, kVectors> : panel_tile_of<kR - 1>(rows);
 }
 
-// The panel of inputs k0 .. k0 + depth - 1 and outputs n0 .. n0 + width - 1, for the forward pass: W transposed.
-// panel[t][r][c] = W[n0 + t kTile + c, k0 + r]
-void fill_forward(const Weight& w, const Decoder& decoder, int64_t k0, int64_t depth, int64_t n0, int64_t width,
-                  int64_t* slots, float* rows, float* spare, float* panel) {
-  for (int64_t c = 0; c < round_up(width, kTile); c += W) {
-    for (int64_t i = 0; i < W; ++i) {
-      float* row = rows + i * kStride;
-      if (c + i < width)
-        slots[c + i] = decoder.decode(w, n0 + c + i, k0, k0 + depth, slots[c + i], kDepth, spare, row);
-      else
-        memset(row, 0, sizeof(float) * kStride);
+// Forward. The panel is of x transposed, panel[t][k][row of x], and W is decoded as it lies, a few rows at a time. C is
+// y transposed.
+int64_t forward_floats() {
+  return kRows * kStride + kDepth * kWidth + kWidth * kWidth + W * kStride + spare_floats(kDepth);
+}
+
+void forward_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
+  const Weight& w = job.weight;
+  float *a = scratch, *panel = a + kRows * kStride, *c = panel + kDepth * kWidth;
+  float *rows = c + kWidth * kWidth, *spare = rows + W * kStride;
+  for (int64_t m0 = part.row0; m0 < part.row1; m0 += kWidth)
+    for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
+      const int64_t m = least(part.row1 - m0, kWidth), width = least(part.column1 - c0, kWidth);
+      int64_t slots[kWidth];
+      for (int64_t i = 0; i < width; ++i) slots[i] = decoder.start(w, c0 + i, 0);
+      memset(c, 0, sizeof(float) * (size_t)(width * kWidth));
+      for (int64_t r0 = 0; r0 < w.k; r0 += kDepth) {
+        const int64_t length = least(w.k - r0, kDepth), strips = (width + kRows - 1) / kRows;
+        for (int64_t t = 0; t < m; t += kTile)
+          transpose_rows(job, m0 + t, m - t, kVectors, r0, length, rows, kStride, panel + t * kDepth, kTile);
+        for (int64_t s = 0; s < strips; ++s) {  // of nearly equal height: 16 rows are 8 + 8, not 12 + 4
+          const int64_t n = width * s / strips, height = width * (s + 1) / strips - n;
+          for (int64_t i = 0; i < height; ++i)
+            slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, spare, a + i * kStride);
+          for (int64_t t = 0; t < m; t += kTile)
+            panel_tile_of<kRows>(height)(a, panel + t * kDepth, kTile, length, c + n * kWidth + t);
+        }
+      }
+      write_transposed(job, m0, m, c0, width, c, kWidth);
     }
-    float* out = panel + c / kTile * kTile * kDepth + c % kTile;
-    for (int64_t r = 0; r < depth; r += 4) transpose4(rows + r, kStride, out + r * kTile, kTile);
-  }
 }
 
-// The panel of outputs n0 .. n0 + depth - 1 and inputs k0 .. k0 + width - 1, for dx.
-// panel[r][c] = W[n0 + r, k0 + c]
-void fill_backward(const Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t width,
-                   float* spare, float* panel) {
-  for (int64_t r = 0; r < depth; ++r)
-    decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k, spare,
-                   panel + r * kPanelStride);
+// dx. The panel is of W as it lies, panel[n][k]; rows of dy are A.
+int64_t backward_floats(int64_t rows) {
+  return least(rows, kBlock) * (kStride + kWidth) + kDepth * kPanelStride + spare_floats(kWidth);
 }
 
-int64_t panel_floats(int64_t rows) {
-  return least(rows, kBlock) * (kStride + kWidth) + kDepth * kPanelStride + W * kStride + spare_floats(kDepth);
-}
-
-void panel_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
-  const int64_t block = least(part.row1 - part.row0, kBlock), depth = job.depth();
-  float *a = scratch, *panel = a + block * kStride, *c = panel + kDepth * kPanelStride;
-  float *rows = c + block * kWidth, *spare = rows + W * kStride;
+void backward_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
+  const Weight& w = job.weight;
+  const int64_t block = least(part.row1 - part.row0, kBlock);
+  float *a = scratch, *panel = a + block * kStride, *c = panel + kDepth * kPanelStride, *spare = c + block * kWidth;
   for (int64_t m0 = part.row0; m0 < part.row1; m0 += kBlock)
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
       const int64_t m = least(part.row1 - m0, kBlock), width = least(part.column1 - c0, kWidth);
-      int64_t slots[kWidth];
-      if (!job.transposed)
-        for (int64_t i = 0; i < width; ++i) slots[i] = decoder.start(job.weight, c0 + i, 0);
+      const int64_t strips = (m + kRows - 1) / kRows, step = m == 1 ? 4 * kTile : m == 2 ? 2 * kTile : kTile;
       memset(c, 0, sizeof(float) * (size_t)(m * kWidth));
-      for (int64_t r0 = 0; r0 < depth; r0 += kDepth) {
-        const int64_t length = least(depth - r0, kDepth);
-        if (job.transposed)
-          fill_backward(job.weight, decoder, r0, length, c0, width, spare, panel);
-        else
-          fill_forward(job.weight, decoder, r0, length, c0, width, slots, rows, spare, panel);
+      for (int64_t r0 = 0; r0 < w.n; r0 += kDepth) {
+        const int64_t length = least(w.n - r0, kDepth);
+        for (int64_t r = 0; r < length; ++r)
+          decoder.decode(w, r0 + r, c0, c0 + width, decoder.start(w, r0 + r, c0), kRowsAhead * w.k, spare,
+                         panel + r * kPanelStride);
         for (int64_t i = 0; i < m; ++i) read_row(x_at(job, m0 + i, r0), job.dtype, length, a + i * kStride);
-        const int64_t strips = (m + kRows - 1) / kRows;
-        for (int64_t t = 0; t < width; t += kTile)
-          for (int64_t s = 0; s < strips; ++s) {  // of nearly equal height: 16 rows are 8 + 8, not 12 + 4
+        for (int64_t t = 0; t < width; t += step)
+          for (int64_t s = 0; s < strips; ++s) {
             const int64_t i = m * s / strips, height = m * (s + 1) / strips - i;
-            panel_tile_of<kRows>((int)height)(a + i * kStride, job.transposed ? panel + t : panel + t * kDepth,
-                                              job.transposed ? kPanelStride : kTile, length, c + i * kWidth + t);
+            const PanelTile tile = m == 1   ? panel_tile<1, 4 * kVectors>  // sums enough to hide the latency of an add
+                                   : m == 2 ? panel_tile<2, 2 * kVectors>
+                                            : panel_tile_of<kRows>(height);
+            tile(a + i * kStride, panel + t, kPanelStride, length, c + i * kWidth + t);
           }
       }
       for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, c0, width, c + i * kWidth);
     }
-}
-
-// ---- Rows in between: the panel is of x ---------------------------------------------------------------------------
-
-// Up to kWidth rows of x: they are fewer than the rows of W, so it is they that are transposed into the panel, and W is
-// decoded as it lies. c is y transposed. (Above, a panel of W serves rows enough to pay for its transpose.)
-int64_t turned_floats() {
-  return kRows * kStride + kDepth * kWidth + kWidth * kWidth + W * kStride + spare_floats(kDepth);
-}
-
-void turned_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
-  const Weight& w = job.weight;
-  const int64_t m = part.row1 - part.row0;
-  float *a = scratch, *panel = a + kRows * kStride, *c = panel + kDepth * kWidth;
-  float *rows = c + kWidth * kWidth, *spare = rows + W * kStride;
-  for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
-    const int64_t width = least(part.column1 - c0, kWidth), strips = (width + kRows - 1) / kRows;
-    int64_t slots[kWidth];
-    for (int64_t i = 0; i < width; ++i) slots[i] = decoder.start(w, c0 + i, 0);
-    memset(c, 0, sizeof(float) * (size_t)(width * kWidth));
-    for (int64_t r0 = 0; r0 < w.k; r0 += kDepth) {
-      const int64_t length = least(w.k - r0, kDepth);
-      for (int64_t t = 0; t < m; t += kTile)  // panel[t][r][row]
-        transpose_rows(job, part.row0 + t, m - t, kVectors, r0, length, rows, kStride, panel + t * kDepth, kTile);
-      for (int64_t s = 0; s < strips; ++s) {
-        const int64_t n = width * s / strips, height = width * (s + 1) / strips - n;
-        for (int64_t i = 0; i < height; ++i)
-          slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, spare, a + i * kStride);
-        for (int64_t t = 0; t < m; t += kTile)
-          panel_tile_of<kRows>((int)height)(a, panel + t * kDepth, kTile, length, c + n * kWidth + t);
-      }
-    }
-    write_transposed(job, part.row0, m, c0, width, c, kWidth);
-  }
 }
 
 }  // namespace
@@ -354,7 +325,11 @@ int run(const Job& job, int threads) {
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
   const bool brain = in_brain(job), skip = !brain && skips(job) && all_finite(job, threads);
   const bool dot = !brain && !skip && !job.transposed && job.m <= kDotLimit;
-  const bool turned = !brain && !skip && !dot && !job.transposed && job.m <= kWidth;
+  const auto kernel = brain            ? brain_part<Decoder>
+                      : skip           ? skip_part<Decoder>
+                      : dot            ? dot_part
+                      : job.transposed ? backward_part
+                                       : forward_part;
   const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
   const int64_t across = least(threads, units);
@@ -366,24 +341,16 @@ int run(const Job& job, int threads) {
     const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
                        least(units * (j + 1) / across * unit, job.columns())};
     const int64_t rows = part.row1 - part.row0;
-    float* memory = scratch((size_t)(brain    ? brain_floats()
-                                     : dot    ? dot_floats(job)
-                                     : skip   ? skip_floats(rows)
-                                     : turned ? turned_floats()
-                                              : panel_floats(rows)));
-    if (!memory) {
+    float* memory = scratch((size_t)(brain            ? brain_floats()
+                                     : skip           ? skip_floats(rows)
+                                     : dot            ? dot_floats(job)
+                                     : job.transposed ? backward_floats(rows)
+                                                      : forward_floats()));
+    if (memory) {
+      kernel(job, decoder, part, memory);
+    } else {
 #pragma omp atomic write
       status = CTP_OUT_OF_MEMORY;
-    } else if (brain) {
-      brain_part(job, decoder, part, memory);
-    } else if (dot) {
-      dot_part(job, decoder, part, memory);
-    } else if (turned) {
-      turned_part(job, decoder, part, memory);
-    } else if (skip) {
-      skip_part(job, decoder, part, memory);
-    } else {
-      panel_part(job, decoder, part, memory);
     }
   }
   return status;
