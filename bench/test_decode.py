@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -23,12 +25,12 @@ SHORT = {
 class Decoding:
     """Greedy decoding with a static cache: every step works on the same memory, so that a CUDA graph can hold it."""
 
-    def __init__(self, net: torch.nn.Module, ids: torch.Tensor, prompt: PromptCache | None, steps: int) -> None:
+    def __init__(self, net: Any, ids: torch.Tensor, prompt: PromptCache | None, steps: int) -> None:
         """Read the prompt and ids (B, L), up to the first new token."""
         batch, length = ids.shape
         offset = 0 if prompt is None else len(prompt)
         self.net, self.start, device = net, offset + length, ids.device
-        self.cache = StaticCache(config=net.config, max_cache_len=self.start + steps)
+        self.cache: Any = StaticCache(config=net.config, max_cache_len=self.start + steps)
         if prompt is not None:
             prompt.fill(self.cache, batch)
         positions = torch.arange(offset, self.start, device=device).unsqueeze(0)
