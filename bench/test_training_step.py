@@ -9,7 +9,7 @@ import torch
 
 from bench.models import ALL, QUICK, Setup, Size, llama, on_each_device, random_ids, weight_bytes
 
-CPU = Size("50M", 4, 1024, 2816, 8, 8)
+CPU = Size("54M", 4, 1024, 2816, 8, 8)
 LENGTH, PROMPT = 96, 32  # 128 rows a sequence in every layer
 #: Sequences of a short run.
 SHORT = {"cpu": [8], "cuda": [1, 8]}
