@@ -59,6 +59,21 @@ def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, 
     return run(dy, tensors, format, k)
 
 
+def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
+    """The plan for so many rows on this machine's GPU, or, where there is none, on an H100 that was not tuned."""
+    from . import tuned
+    from .plan import MULTIPROCESSORS, plan_for, row_class
+
+    gpu, multiprocessors = None, MULTIPROCESSORS
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu, multiprocessors = properties.name, properties.multi_processor_count
+    m = row_class(rows)
+    measured = gpu is not None and tuned.lookup(gpu, tuned.key(format, dtype, m, shape, direction)) is not None
+    plan = plan_for(format, dtype, m, shape, direction, gpu, multiprocessors)
+    return f"{plan} ({'tuned' if measured else 'by the rule'})"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -48,6 +48,12 @@ class Plan:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return "dequantise, then the dense product"
+        counts = f"splits={self.splits} warps={self.warps} stages={self.stages}"
+        return f"{self.kind} {self.block_n}x{self.block_m}x{self.block_k} {counts}"
+
 
 def row_class(m: int) -> int:
     """Row counts that share a plan: the next power of two, up to the largest that a tile of rows holds."""
