@@ -206,13 +206,15 @@ def inspect(
 @command
 def explain(
     model: Model,
+    rows: Annotated[str | None, typer.Option(help="also how these row counts run, separated by commas")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the activations (default: float32; bfloat16 on cuda)")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, which need not be there")] = "cpu",
     json_file: Json = None,
 ) -> None:
-    """Which kernel runs each packed layer on this machine, and why."""
-    from ctp.model import load_model
-    from ctp_kernels import explain as explain_model
+    """Which kernel runs each packed layer, and why."""
+    from ctp.jobs import explain_model
 
-    explanation = explain_model(load_model(model)[0])
+    explanation = explain_model(model, rows=rows, dtype=dtype, device=device)
     typer.echo(str(explanation))
     _write(json_file, explanation.rows)
 

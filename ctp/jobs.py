@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ctp_kernels import PackedLinear, __version__, as_format
+from ctp_kernels import PackedLinear, __version__, as_format, explain
 from ctp_kernels.checkpoints import read_manifest, save_packed
 from ctp_kernels.checkpoints.manifest import MANIFEST
 from ctp_kernels.errors import CTPError
+from ctp_kernels.fuse import fuse
+from ctp_kernels.patch import Explanation
 
 from .compress import CompressReport, compress_model
 from .compress.solver import NEEDS_INPUTS
@@ -129,15 +131,7 @@ def warm_up_model(
     """
     from ctp_kernels.backends.triton.warmup import ROWS, Weight, warm_up
 
-    try:
-        counts = tuple(int(count) for count in rows.split(",")) if rows else ROWS
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise CTPError(f"--rows takes numbers from 1 on, separated by commas, not {rows!r}")
-    number = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(dtype)
-    if number is None:
-        raise CTPError(f"--dtype is bfloat16, float16 or float32, not {dtype!r}")
+    counts, number = _row_counts(rows) if rows else ROWS, _activations(dtype)
     if not torch.cuda.is_available():
         raise CTPError("ctp warmup compiles kernels for a GPU, and PyTorch finds none on this machine")
     if importlib.util.find_spec("triton") is None:
@@ -156,6 +150,38 @@ def warm_up_model(
     with tqdm(total=launches, desc="tuning" if tune else "compiling", unit="kernel") as bar:
         result = warm_up(list(kinds.values()), number, rows=counts, tune=tune, progress=bar.update)
     return {"layers": len(kinds), **result}
+
+
+def explain_model(model: str, *, rows: str | None = None, dtype: str | None = None, device: str = "cpu") -> Explanation:
+    """Which kernels run a model's packed layers on a device type that need not be there.
+
+    On "cuda", layers are fused as they would be there, and activations are bf16 where `dtype` does not say otherwise.
+    """
+    counts = _row_counts(rows) if rows else ()
+    if device not in ("cpu", "cuda"):
+        raise CTPError(f"--device is cpu or cuda, not {device!r}")
+    number = _activations(dtype or "bfloat16") if dtype or device == "cuda" else None
+    net, _ = load_model(model)
+    if device == "cuda":
+        fuse(net)
+    return explain(net, number, device=device, rows=counts)
+
+
+def _row_counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(count) for count in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise CTPError(f"--rows takes numbers from 1 on, separated by commas, not {text!r}")
+    return counts
+
+
+def _activations(name: str) -> torch.dtype:
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
+    if dtype is None:
+        raise CTPError(f"--dtype is bfloat16, float16 or float32, not {name!r}")
+    return dtype
 
 
 def _base_of(model: str) -> str:

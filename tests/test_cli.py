@@ -69,6 +69,13 @@ def test_generate_inspect_explain(folders):
 
 
 @needs_opt
+def test_explain_for_a_gpu(folders):
+    pytest.importorskip("triton")
+    planned = ctp("explain", folders / "packed", "--device", "cuda", "--rows", "1,2048")
+    assert "forward, 1 rows: decode" in planned and "backward, 2048 rows: dequantise" in planned
+
+
+@needs_opt
 def test_training_with_a_teacher_finds_the_original(folders):
     ctp("train", folders / "packed", "-o", folders / "kl", "--tokens", 4, "--steps", 2, "--batch-size", 2,
         "--length", 32, "--loss", "kl")  # fmt: skip
@@ -87,6 +94,8 @@ BAD = {
     "bad loss": ["train", OPT, "--loss", "mse", "-o", "{out}"],
     "not packed": ["inspect", "{empty}"],
     "dense explain": ["explain", OPT],
+    "explain elsewhere": ["explain", OPT, "--device", "tpu"],
+    "explain no rows": ["explain", OPT, "--rows", "0"],
     "other architecture": ["evaluate", "{bert}"],
 }
 
