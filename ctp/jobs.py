@@ -38,6 +38,7 @@ def compress_to_folder(
     seed: int = 0,
     csv_path: Path | None = None,
     progress: bool = True,
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
     """Compress a model (folder, hub or embedded name) into a packed folder; returns what the manifest records.
@@ -51,7 +52,7 @@ def compress_to_folder(
     fmt = as_format(format)
     if method == "auto":
         method = "gptq" if fmt.pattern == "dense" else "sparsegpt"
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_model(model, device=_device(device))
     if any(isinstance(module, PackedLinear) for module in net.modules()):
         raise CTPError(f"{model} is packed already: compress the dense model it came from")
     windows = None
@@ -97,6 +98,8 @@ def train_to_folder(
     teacher: str | None = None,
     seed: int = 0,
     valid_windows: int = 64,
+    device: str = "cpu",
+    dtype: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a prompt for a model (packed or dense) into a PEFT folder; returns its training record.
@@ -104,12 +107,13 @@ def train_to_folder(
     The train split is learned from, the valid split chooses the checkpoint. `loss="kl"` distils from `teacher`, by
     default the dense model that the packed one was compressed from. `options` go to `train_prompt`.
     """
-    net, tokenizer = load_model(model)
+    where = placement(device, dtype)
+    net, tokenizer = load_model(model, **where)
     train = token_windows(data, tokenizer, length, split="train")
     valid = token_windows(data, tokenizer, length, split="valid", count=valid_windows)
     dense = None
     if loss == "kl":
-        dense, _ = load_model(teacher or _base_of(model))
+        dense, _ = load_model(teacher or _base_of(model), **where)
     result = train_prompt(
         net, train, valid, tokenizer=tokenizer, loss=loss, teacher=dense, seed=seed, out=output, base_model=model,
         **options,
@@ -165,6 +169,21 @@ def explain_model(model: str, *, rows: str | None = None, dtype: str | None = No
     if device == "cuda":
         fuse(net)
     return explain(net, number, device=device, rows=counts)
+
+
+def placement(device: str, dtype: str | None) -> dict[str, Any]:
+    """The arguments of `load_model` for --device and --dtype: bf16 on a GPU where nothing else is asked for, as
+    `ctp warmup` expects."""
+    name = dtype or (None if _device(device) == "cpu" else "bfloat16")
+    return {"device": device, "dtype": _activations(name) if name else None}
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise CTPError(f"--device is cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CTPError("--device cuda needs a GPU, and PyTorch finds none on this machine")
+    return name
 
 
 def _row_counts(text: str) -> tuple[int, ...]:
