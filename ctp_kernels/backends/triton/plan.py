@@ -141,6 +141,8 @@ def _decode_tiles(format: Format, m: int) -> Plan:
     if format.pattern == "unstructured":
         return Plan("decode", 4, m, TILE, warps=1, stages=1)
     wide = {32: 128, 16: 256, 8: 256}.get(format.bits, 512)
+    if format.pattern == "sparse24" and format.bits == 2 and m > 1:
+        wide = 256  # 512 spill on sm_90
     return Plan("decode", 4, m, wide, warps=1, stages=1)
 
 
