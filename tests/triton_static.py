@@ -32,9 +32,11 @@ SHAPE = (4096, 4096)
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
-def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str) -> Plan:
+def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int) -> Plan:
     """m is a row class; direction "forward", "backward" or "dequantize"."""
-    return dense_plan(format) if direction == "dequantize" else plan_for(format, dtype, m, SHAPE, direction)
+    if direction == "dequantize":
+        return dense_plan(format)
+    return plan_for(format, dtype, m, SHAPE, direction, capability=capability)
 
 
 def share_of_a_thread(format: Format, plan: Plan) -> int:
@@ -46,7 +48,7 @@ def share_of_a_thread(format: Format, plan: Plan) -> int:
 
 def compile_case(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int, plan: Plan | None = None):
     """The kernel that `launch` starts for 16-byte aligned tensors."""
-    plan = plan or plan_of(format, dtype, m, direction)
+    plan = plan or plan_of(format, dtype, m, direction, capability)
     constants = constants_of(plan, format, dtype, SHAPE[1], direction, True)
     number = _POINTERS[dtype]
     stored = "*u8" if format.quantized else _POINTERS[format_dtype(format)]
@@ -154,6 +156,8 @@ def cases() -> list[tuple[str, str, int, str, int]]:
             found += [(name, "bf16", m, "backward", gpu) for m in backward]
         found.append((name, "bf16", 1024, "dequantize", 80))
     found.append(("sparse24-int2", "bf16", 2, "forward", 90))
+    found += [(name, "bf16", 128, "forward", 80) for name in ("int4-asym", "sparse24-int3")]
+    found.append(("sparse24-int8", "bf16", 16, "forward", 80))
     for name in ("int4-asym", "unstructured-int3-asym", "fp16", "int3-g8"):
         found += [(name, "fp16", 16, direction, 90) for direction in ("forward", "backward")]
     for name in ("int4-asym", "sparse24-int4", "unstructured-fp32"):

@@ -62,15 +62,13 @@ def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, 
 def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
     """The plan for so many rows on this machine's GPU, or, where there is none, on an H100 that was not tuned."""
     from . import tuned
-    from .plan import MULTIPROCESSORS, plan_for, row_class
+    from .launch import properties_of
+    from .plan import plan_for, row_class
 
-    gpu, multiprocessors = None, MULTIPROCESSORS
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gpu, multiprocessors = properties.name, properties.multi_processor_count
+    gpu = properties_of(torch.cuda.current_device()) if torch.cuda.is_available() else ()
     m = row_class(rows)
-    measured = gpu is not None and tuned.lookup(gpu, tuned.key(format, dtype, m, shape, direction)) is not None
-    plan = plan_for(format, dtype, m, shape, direction, gpu, multiprocessors)
+    measured = gpu and tuned.lookup(gpu[0], tuned.key(format, dtype, m, shape, direction)) is not None
+    plan = plan_for(format, dtype, m, shape, direction, *gpu)
     return f"{plan} ({'tuned' if measured else 'by the rule'})"
 
 
