@@ -41,7 +41,7 @@ gpu:
 	if command -v compute-sanitizer; then \
 		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/test_triton.py -m gpu -k test_on_a_gpu; \
 	else echo "compute-sanitizer is not installed: memory checks skipped"; fi
-	$(PYTHON) -m pytest bench/test_gpu_kernels.py bench/peers/test_gpu_peers.py --benchmark
+	$(PYTHON) -m pytest bench/ --benchmark -m gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ctp_kernels/lib runs

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from bench.machine import machine, synchronize
+from bench.plot import plot_all
 from ctp_kernels.files import write_json, write_text
 
 Calls = Sequence[Callable[[], object]]
@@ -63,33 +66,40 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 
 class Table:
-    """Rows of one benchmark file, printed and written to CSV when the session ends."""
+    """Rows of the benchmark files, by device and file; `record`: written to CSV as they come, so that a run that is cut
+    off leaves what it measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: bool) -> None:
+        self.record = record
         self.rows: dict[tuple[str, str], list[dict]] = {}
 
     def add(self, device: str, name: str, row: dict) -> None:
-        self.rows.setdefault((device, name), []).append(row)
+        rows = self.rows.setdefault((device, name), [])
+        rows.append(row)
+        if self.record:
+            write_csv(machine(device).folder / f"{name}.csv", rows)
+
+
+TABLE = pytest.StashKey[Table]()
 
 
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    collected = Table()
-    yield collected
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    lines: list[str] = []
-    for (device, name), rows in collected.rows.items():
-        where = machine(device)
-        lines += ["", f"{name} on {where.name}, {where.threads} threads: roofs {where.gb_per_s} GB/s, "
-                  f"{where.gflop_per_s} GFLOP/s"]  # fmt: skip
-        lines += format_rows(rows)
-        if not request.config.getoption("keyword"):  # a filtered run shows its rows, and leaves the record whole
-            write_csv(where.folder / f"{name}.csv", rows)
-            write_json(where.folder / "machine.json", where.to_dict())
-            from bench.plot import plot_all
+def table(request: pytest.FixtureRequest) -> Table:
+    # a filtered run shows its rows, and leaves the record whole
+    return request.config.stash.setdefault(TABLE, Table(record=not request.config.getoption("keyword")))
 
-            plot_all(where.folder)
-    terminal.write_line("\n".join(lines))
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the rows, and draw what was recorded. Not in the fixture's teardown, whose output pytest captures."""
+    collected = config.stash.get(TABLE, None)
+    for (device, name), rows in collected.rows.items() if collected else ():
+        where = machine(device)
+        roofs = f"{where.gb_per_s} GB/s, {where.gflop_per_s} GFLOP/s"
+        for line in ["", f"{name} on {where.name}, {where.threads} threads: roofs {roofs}", *format_rows(rows)]:
+            terminalreporter.write_line(line)
+    for device in {device for device, _ in collected.rows} if collected and collected.record else ():
+        write_json(machine(device).folder / "machine.json", machine(device).to_dict())
+        plot_all(machine(device).folder)
 
 
 def format_rows(rows: list[dict]) -> list[str]:
@@ -103,9 +113,7 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_csv(path, rows: list[dict]) -> None:
-    import io
-
+def write_csv(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 Calls = Sequence[Callable[[], object]]
+Result = TypeVar("Result")
 
 
 def copies_to_overflow(nbytes: int) -> int:
@@ -22,7 +24,9 @@ def race(contenders: dict[str, Calls], *, graph: bool, seconds: float = 0.3, lea
     A round of a contender is one call for each of its copies of the weight. `graph`: the round is captured once and
     replayed, so that the launch from Python costs nothing; otherwise it is launched anew, as eager code does.
     """
-    rounds = {name: _captured(calls) if graph else _eager(calls) for name, calls in contenders.items()}
+    rounds = {name: _in_turn(calls) for name, calls in contenders.items()}
+    if graph:
+        rounds = {name: captured(run)[0] for name, run in rounds.items()}
     for _ in range(3):
         for run in rounds.values():
             run()
@@ -38,7 +42,7 @@ def race(contenders: dict[str, Calls], *, graph: bool, seconds: float = 0.3, lea
     return found
 
 
-def _eager(calls: Calls) -> Callable[[], None]:
+def _in_turn(calls: Calls) -> Callable[[], None]:
     def run() -> None:
         for call in calls:
             call()
@@ -46,8 +50,8 @@ def _eager(calls: Calls) -> Callable[[], None]:
     return run
 
 
-def _captured(calls: Calls) -> Callable[[], None]:
-    run = _eager(calls)
+def captured(run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """`run` as a CUDA graph: the call that replays it, and what it returned, which a replay fills anew."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -55,8 +59,8 @@ def _captured(calls: Calls) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        result = run()
+    return graph.replay, result
 
 
 def _seconds(run: Callable[[], None]) -> float:

@@ -20,6 +20,11 @@ def plot_all(folder: Path) -> list[Path]:
     if (folder / "kernels.csv").exists():
         written.append(plot_kernels(read(folder / "kernels.csv"), folder / "kernels.png"))
         written.append(plot_roofline(read(folder / "kernels.csv"), folder))
+    if (folder / "gpu_kernels.csv").exists():
+        rows = [row for row in read(folder / "gpu_kernels.csv") if row["mode"] == "graph" and row["dtype"] == "bf16"]
+        written.append(plot_kernels(rows, folder / "gpu_kernels.png"))
+    if (folder / "decode.csv").exists():
+        written.append(plot_decode(read(folder / "decode.csv"), folder / "decode.png"))
     if (folder / "prompt_length.csv").exists():
         written.append(plot_prompt_length(read(folder / "prompt_length.csv"), folder / "prompt_length.png"))
     return written
@@ -65,6 +70,24 @@ def plot_roofline(rows: list[dict[str, str]], folder: Path) -> Path:
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7)
     return _save(figure, folder / "roofline.png")
+
+
+def plot_decode(rows: list[dict[str, str]], path: Path) -> Path:
+    """Tokens a second of each format and of the dense model, one panel per batch, prompt length and mode."""
+    panels: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
+    for row in rows:
+        panel = f"{row['model']}, {row['mode']}, batch {row['batch']}, {row['prompt_tokens']} prompt tokens"
+        panels[panel].append((row["format"], float(row["packed_tokens_per_s"]), float(row["dense_tokens_per_s"])))
+    figure, axes = _figure(len(panels))
+    for axis, (title, bars) in zip(axes, panels.items(), strict=True):
+        formats, packed, dense = zip(*bars, strict=True)
+        axis.barh(formats, packed)
+        axis.axvline(sum(dense) / len(dense), color="black", linewidth=0.8, label="dense")
+        axis.set(xlabel="tokens a second")
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].legend(fontsize=7)
+    return _save(figure, path)
 
 
 def plot_prompt_length(rows: list[dict[str, str]], path: Path) -> Path:

@@ -33,12 +33,12 @@ QUICK = {
 @lru_cache(maxsize=1)
 def weight(format: str, zeros: float, shape: tuple[int, int], dtype: torch.dtype):
     """Copies of one weight, packed and dense, each kind more than the L2 cache holds."""
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(*shape, generator=generator)
+    generator = torch.Generator("cuda").manual_seed(0)
+    dense = torch.randn(*shape, generator=generator, device="cuda")
     parsed = parse_format(format)
     if parsed.pattern == "unstructured":
-        dense *= torch.rand(*shape, generator=generator) >= zeros
-    packed = pack(dense, parsed.with_dtype(dtype)).to("cuda")
+        dense *= torch.rand(*shape, generator=generator, device="cuda") >= zeros
+    packed = pack(dense, parsed.with_dtype(dtype))
     unpacked = packed.unpack(dtype)
     copies = [
         PackedWeight(packed.format, packed.shape, dtype, {k: t.clone() for k, t in packed.buffers.items()})

@@ -34,6 +34,12 @@ Data = Annotated[
     ),
 ]
 
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32, of what is not packed (default: float32; on cuda bfloat16)"),
+]
+
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """A typer command that answers bad input with one sentence and exit code 2."""
@@ -69,6 +75,7 @@ def compress(
     length: Annotated[int | None, typer.Option(help="tokens a window (default 2048, or the model's context)")] = None,
     mse: Annotated[bool, typer.Option(help="search each grid for the least error")] = False,
     csv: Annotated[Path | None, typer.Option(help="write the error of every layer to this file")] = None,
+    device: Device = "cpu",
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -80,7 +87,7 @@ def compress(
 
     result = compress_to_folder(
         model, output, format, method=method, sparsity=sparsity, calibration=calibration, samples=samples,
-        length=length, mse=mse, csv_path=csv, seed=seed,
+        length=length, mse=mse, csv_path=csv, seed=seed, device=device,
     )  # fmt: skip
     typer.echo(
         f"{output}: {result['layers']} layers as {result['format']}, {result['bits_per_weight']:.2f} bits a weight, "
@@ -105,6 +112,8 @@ def train(
     lr: Annotated[float, typer.Option(help="peak learning rate, in units of the embedding table's RMS")] = 0.15,
     schedule: Annotated[str, typer.Option(help="cosine or linear")] = "cosine",
     resume: Annotated[bool, typer.Option(help="go on from the last saved state of this output")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -114,7 +123,7 @@ def train(
     result = train_to_folder(
         model, output, data=data, tokens=tokens, loss=loss, teacher=teacher, init=init, steps=steps,
         batch_size=batch_size, accumulation=accumulation, length=length, lr=lr, schedule=schedule, resume=resume,
-        seed=seed,
+        seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     typer.echo(f"{output}: {tokens} tokens, validation perplexity {result['valid_perplexity_start']:.3f} -> "
                f"{result['valid_perplexity']:.3f}, {result['seconds']:.0f} s")  # fmt: skip
@@ -133,16 +142,19 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm_eval tasks or local .jsonl files, separated by commas")] = None,
     limit: Annotated[int | None, typer.Option(help="examples a task")] = None,
     batch_size: Annotated[int, typer.Option(help="windows at a time")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
     """Perplexity (prompt positions are neither scored nor counted), and tasks."""
     from ctp.data import token_windows
     from ctp.evaluate import perplexity
+    from ctp.jobs import placement
     from ctp.model import context_length, load_model
     from ctp.prompt import SoftPrompt
 
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_model(model, **placement(device, dtype))
     soft = SoftPrompt.load(prompt) if prompt else None
     room = context_length(net) - (len(soft) if soft else 0)
     windows = token_windows(data, tokenizer, length or min(2048, room), split=split, count=count, stride=stride)
@@ -171,18 +183,21 @@ def generate(
     prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
     """Continue a text; the prompt's keys and values are computed once."""
     import torch
 
+    from ctp.jobs import placement
     from ctp.model import load_model
     from ctp.prompt import SoftPrompt
     from ctp.prompt import generate as continue_text
 
     torch.manual_seed(seed)
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_model(model, **placement(device, dtype))
     options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     soft = SoftPrompt.load(prompt) if prompt else None
     (continuation,) = continue_text(net, tokenizer, text, soft, max_new_tokens, **options)
@@ -206,13 +221,15 @@ def inspect(
 @command
 def explain(
     model: Model,
+    rows: Annotated[str | None, typer.Option(help="also how these row counts run, separated by commas")] = None,
+    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, which need not be there")] = "cpu",
     json_file: Json = None,
 ) -> None:
-    """Which kernel runs each packed layer on this machine, and why."""
-    from ctp.model import load_model
-    from ctp_kernels import explain as explain_model
+    """Which kernel runs each packed layer, and why."""
+    from ctp.jobs import explain_model
 
-    explanation = explain_model(load_model(model)[0])
+    explanation = explain_model(model, rows=rows, dtype=dtype, device=device)
     typer.echo(str(explanation))
     _write(json_file, explanation.rows)
 

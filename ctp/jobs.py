@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ctp_kernels import PackedLinear, __version__, as_format
+from ctp_kernels import PackedLinear, __version__, as_format, explain
 from ctp_kernels.checkpoints import read_manifest, save_packed
 from ctp_kernels.checkpoints.manifest import MANIFEST
 from ctp_kernels.errors import CTPError
+from ctp_kernels.fuse import fuse
+from ctp_kernels.patch import Explanation
 
 from .compress import CompressReport, compress_model
 from .compress.solver import NEEDS_INPUTS
@@ -36,6 +38,7 @@ def compress_to_folder(
     seed: int = 0,
     csv_path: Path | None = None,
     progress: bool = True,
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
     """Compress a model (folder, hub or embedded name) into a packed folder; returns what the manifest records.
@@ -49,7 +52,7 @@ def compress_to_folder(
     fmt = as_format(format)
     if method == "auto":
         method = "gptq" if fmt.pattern == "dense" else "sparsegpt"
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_model(model, device=_device(device))
     if any(isinstance(module, PackedLinear) for module in net.modules()):
         raise CTPError(f"{model} is packed already: compress the dense model it came from")
     windows = None
@@ -95,6 +98,8 @@ def train_to_folder(
     teacher: str | None = None,
     seed: int = 0,
     valid_windows: int = 64,
+    device: str = "cpu",
+    dtype: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a prompt for a model (packed or dense) into a PEFT folder; returns its training record.
@@ -102,12 +107,13 @@ def train_to_folder(
     The train split is learned from, the valid split chooses the checkpoint. `loss="kl"` distils from `teacher`, by
     default the dense model that the packed one was compressed from. `options` go to `train_prompt`.
     """
-    net, tokenizer = load_model(model)
+    where = placement(device, dtype)
+    net, tokenizer = load_model(model, **where)
     train = token_windows(data, tokenizer, length, split="train")
     valid = token_windows(data, tokenizer, length, split="valid", count=valid_windows)
     dense = None
     if loss == "kl":
-        dense, _ = load_model(teacher or _base_of(model))
+        dense, _ = load_model(teacher or _base_of(model), **where)
     result = train_prompt(
         net, train, valid, tokenizer=tokenizer, loss=loss, teacher=dense, seed=seed, out=output, base_model=model,
         **options,
@@ -129,15 +135,7 @@ def warm_up_model(
     """
     from ctp_kernels.backends.triton.warmup import ROWS, Weight, warm_up
 
-    try:
-        counts = tuple(int(count) for count in rows.split(",")) if rows else ROWS
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise CTPError(f"--rows takes numbers from 1 on, separated by commas, not {rows!r}")
-    number = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(dtype)
-    if number is None:
-        raise CTPError(f"--dtype is bfloat16, float16 or float32, not {dtype!r}")
+    counts, number = _row_counts(rows) if rows else ROWS, _activations(dtype)
     if not torch.cuda.is_available():
         raise CTPError("ctp warmup compiles kernels for a GPU, and PyTorch finds none on this machine")
     if importlib.util.find_spec("triton") is None:
@@ -156,6 +154,53 @@ def warm_up_model(
     with tqdm(total=launches, desc="tuning" if tune else "compiling", unit="kernel") as bar:
         result = warm_up(list(kinds.values()), number, rows=counts, tune=tune, progress=bar.update)
     return {"layers": len(kinds), **result}
+
+
+def explain_model(model: str, *, rows: str | None = None, dtype: str | None = None, device: str = "cpu") -> Explanation:
+    """Which kernels run a model's packed layers on a device type that need not be there.
+
+    On "cuda", layers are fused as they would be there, and activations are bf16 where `dtype` does not say otherwise.
+    """
+    counts = _row_counts(rows) if rows else ()
+    if device not in ("cpu", "cuda"):
+        raise CTPError(f"--device is cpu or cuda, not {device!r}")
+    number = _activations(dtype or "bfloat16") if dtype or device == "cuda" else None
+    net, _ = load_model(model)
+    if device == "cuda":
+        fuse(net)
+    return explain(net, number, device=device, rows=counts)
+
+
+def placement(device: str, dtype: str | None) -> dict[str, Any]:
+    """The arguments of `load_model` for --device and --dtype: bf16 on a GPU where nothing else is asked for, as
+    `ctp warmup` expects."""
+    name = dtype or (None if _device(device) == "cpu" else "bfloat16")
+    return {"device": device, "dtype": _activations(name) if name else None}
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise CTPError(f"--device is cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CTPError("--device cuda needs a GPU, and PyTorch finds none on this machine")
+    return name
+
+
+def _row_counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(count) for count in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise CTPError(f"--rows takes numbers from 1 on, separated by commas, not {text!r}")
+    return counts
+
+
+def _activations(name: str) -> torch.dtype:
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
+    if dtype is None:
+        raise CTPError(f"--dtype is bfloat16, float16 or float32, not {name!r}")
+    return dtype
 
 
 def _base_of(model: str) -> str:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .backends import choose
+from .backends import choose, load
 from .errors import CTPError
 from .format import Format, as_format, parse_format
 from .fuse import fuse as fuse_layers
@@ -159,7 +159,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 @dataclass
 class Explanation:
     """Rows of `explain`: layer, format, shape, for each direction the backend and why others were passed over, and
-    the rows of the launch, more than the layer's where it is fused with others."""
+    the rows of the launch, more than the layer's where it is fused with others; `plan_<direction>`: {rows of x: how}
+    where the backend runs different numbers of rows differently."""
 
     rows: list[dict]
 
@@ -174,35 +175,49 @@ class Explanation:
             for way in ("forward", "backward")
             if row["why_" + way]
         )
-        return "\n".join([*lines, *reasons])
+        plans = dict.fromkeys(
+            f"  {row['format']} ({row['launch_rows']}, {row['shape'][1]}) {way}, {count} rows: {plan}"
+            for row in self.rows
+            for way in ("forward", "backward")
+            for count, plan in row["plan_" + way].items()
+        )
+        return "\n".join([*lines, *reasons, *plans])
 
     def to_json(self) -> str:
         return json.dumps(self.rows, indent=2)
 
 
-def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
+def explain(
+    model: nn.Module, dtype: torch.dtype | None = None, *, device: str | None = None, rows: Sequence[int] = ()
+) -> Explanation:
     """Which backend each packed layer runs on, forward and backward, for activations of `dtype`.
 
-    `dtype` defaults to that of the model's first floating parameter.
+    `dtype` defaults to that of the model's first floating parameter, `device` ("cpu" or "cuda", which need not be
+    there) to where the layers lie. `rows`: numbers of rows of x for which to say how the backend runs them.
     """
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    rows = []
+    explained = []
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
             shape = (layer.out_features, layer.in_features)
-            row = {"layer": name, "format": layer.format.name, "shape": shape}
-            for direction in ("forward", "backward"):
-                device = layer.packed.tensors[0].device.type
-                compute = layer.compute if direction == "forward" else "exact"
-                choice = choose(layer.format, shape, dtype, device, direction, layer.backend, compute)
-                row[direction], row["why_" + direction] = choice.backend, choice.why
             group = layer.group
-            row["launch_rows"] = shape[0] if group is None or group.tensors is None else sum(group.rows)
-            rows.append(row)
-    if not rows:
+            launch_rows = shape[0] if group is None or group.tensors is None else sum(group.rows)
+            row: dict = {"layer": name, "format": layer.format.name, "shape": shape, "launch_rows": launch_rows}
+            for direction in ("forward", "backward"):
+                where = device or layer.packed.tensors[0].device.type
+                compute = layer.compute if direction == "forward" else "exact"
+                choice = choose(layer.format, shape, dtype, where, direction, layer.backend, compute)
+                row[direction], row["why_" + direction] = choice.backend, choice.why
+                describe = getattr(load(choice.backend), "describe", None)
+                launch = (launch_rows, shape[1])
+                row["plan_" + direction] = (
+                    {m: describe(layer.format, launch, dtype, m, direction) for m in rows} if describe else {}
+                )
+            explained.append(row)
+    if not explained:
         raise CTPError(f"{type(model).__name__} holds no packed layer: call patch_model first")
-    return Explanation(rows)
+    return Explanation(explained)
 
 
 def _select(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:

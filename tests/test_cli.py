@@ -61,11 +61,28 @@ def test_generate_inspect_explain(folders):
     text = ctp("generate", folders / "packed", "The function returns", "--prompt", folders / "prompt",
                "--max-new-tokens", 8)  # fmt: skip
     assert text.startswith("The function returns") and len(text.strip()) > len("The function returns")
+    half = ("--dtype", "bfloat16", "--max-new-tokens", 2)
+    assert ctp("generate", folders / "packed", "The function returns", *half).startswith("The function returns")
     assert "sparse24-int4-g64" in ctp("inspect", folders / "packed")
     assert "8 tokens" in ctp("inspect", folders / "prompt")
     rows = folders / "explain.json"
     assert "forward" in ctp("explain", folders / "packed", "--json", rows)
     assert all(row["forward"] for row in json.loads(rows.read_text()))
+
+
+@needs_opt
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", [["compress", OPT, "--format", "int4", "-o", "x"], ["train", OPT, "-o", "x"],
+                                     ["evaluate", OPT], ["generate", OPT, "text"]], ids=lambda c: c[0])  # fmt: skip
+def test_without_a_gpu_it_says_so(command):
+    assert "PyTorch finds none" in ctp(*command, "--device", "cuda", code=2)
+
+
+@needs_opt
+def test_explain_for_a_gpu(folders):
+    pytest.importorskip("triton")
+    planned = ctp("explain", folders / "packed", "--device", "cuda", "--rows", "1,2048")
+    assert "forward, 1 rows: decode" in planned and "backward, 2048 rows: dequantise" in planned
 
 
 @needs_opt
@@ -87,6 +104,10 @@ BAD = {
     "bad loss": ["train", OPT, "--loss", "mse", "-o", "{out}"],
     "not packed": ["inspect", "{empty}"],
     "dense explain": ["explain", OPT],
+    "explain elsewhere": ["explain", OPT, "--device", "tpu"],
+    "explain no rows": ["explain", OPT, "--rows", "0"],
+    "no such device": ["evaluate", OPT, "--device", "tpu"],
+    "no such dtype": ["generate", OPT, "text", "--dtype", "int8"],
     "other architecture": ["evaluate", "{bert}"],
 }
 
@@ -158,3 +179,19 @@ def test_importing_touches_no_device_and_no_network():
         "assert 'datasets' not in sys.modules and 'lm_eval' not in sys.modules and 'matplotlib' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_opt
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_main_job_on_a_gpu(tmp_path):
+    gpu = ("--device", "cuda")
+    ctp("compress", OPT, "--format", "sparse24-int4", "-o", tmp_path / "packed", "--samples", 8, "--length", 64, *gpu)
+    ctp("train", tmp_path / "packed", "-o", tmp_path / "prompt", "--tokens", 8, "--steps", 6, "--length", 64, *gpu)
+    common = ["--prompt", tmp_path / "prompt", "--data", "embedded:docs", "--length", 128, "--count", 4]
+    found = []
+    for where in ("cpu", "cuda"):
+        ctp("evaluate", tmp_path / "packed", *common, "--device", where, "--json", tmp_path / "result.json")
+        found.append(json.loads((tmp_path / "result.json").read_text())["perplexity"])
+    assert math.isclose(*found, rel_tol=0.05)
+    assert ctp("generate", tmp_path / "packed", "The function returns", *gpu).startswith("The function returns")

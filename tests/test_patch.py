@@ -74,6 +74,17 @@ def test_explain_says_what_runs_and_why():
     assert {row["forward"] for row in explain(slow).rows} == {"reference"}
 
 
+def test_explain_shows_the_plan_of_a_gpu_that_need_not_be_there():
+    pytest.importorskip("triton")
+    model = patch_model(small_model("llama-gqa-tied"), "int4", fuse=True)
+    explained = explain(model, torch.bfloat16, device="cuda", rows=(1, 16, 4096))
+    (q, *_), text = explained.rows, str(explained)
+    assert (q["forward"], q["backward"]) == ("triton", "triton") and q["launch_rows"] == 128
+    assert q["plan_forward"][1].startswith("decode ") and q["plan_backward"][16].startswith("tile ")
+    assert "int4 (128, 64) forward, 4096 rows: dequantise, then the dense product (by the rule)" in text
+    assert explain(model, rows=(1,)).rows[0]["plan_forward"] == {}
+
+
 def test_requests_that_cannot_be_met_change_nothing():
     model = small_model("llama-gqa-tied")
     model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")

@@ -2,6 +2,7 @@
 
 `python -m tests.triton_static` compiles every case and writes the figures to triton_static.json, with which
 test_triton_compile.py compares: a change of code, of a plan or of Triton shows as a change of that file.
+`python -m tests.triton_static bf16 90` compiles every kernel that the rule can choose there and names the faulty ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ctp_kernels import FORMATS as TABLE
 from ctp_kernels import Format, parse_format
 from ctp_kernels.backends.triton import kernels
 from ctp_kernels.backends.triton.launch import constants_of, options_of
@@ -30,9 +32,11 @@ SHAPE = (4096, 4096)
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
-def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str) -> Plan:
+def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int) -> Plan:
     """m is a row class; direction "forward", "backward" or "dequantize"."""
-    return dense_plan(format) if direction == "dequantize" else plan_for(format, dtype, m, SHAPE, direction)
+    if direction == "dequantize":
+        return dense_plan(format)
+    return plan_for(format, dtype, m, SHAPE, direction, capability=capability)
 
 
 def share_of_a_thread(format: Format, plan: Plan) -> int:
@@ -44,7 +48,7 @@ def share_of_a_thread(format: Format, plan: Plan) -> int:
 
 def compile_case(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int, plan: Plan | None = None):
     """The kernel that `launch` starts for 16-byte aligned tensors."""
-    plan = plan or plan_of(format, dtype, m, direction)
+    plan = plan or plan_of(format, dtype, m, direction, capability)
     constants = constants_of(plan, format, dtype, SHAPE[1], direction, True)
     number = _POINTERS[dtype]
     stored = "*u8" if format.quantized else _POINTERS[format_dtype(format)]
@@ -151,11 +155,22 @@ def cases() -> list[tuple[str, str, int, str, int]]:
             found += [(name, "bf16", m, "forward", gpu) for m in forward]
             found += [(name, "bf16", m, "backward", gpu) for m in backward]
         found.append((name, "bf16", 1024, "dequantize", 80))
+    found.append(("sparse24-int2", "bf16", 2, "forward", 90))
+    found += [(name, "bf16", 128, "forward", 80) for name in ("int4-asym", "sparse24-int3")]
+    found.append(("sparse24-int8", "bf16", 16, "forward", 80))
     for name in ("int4-asym", "unstructured-int3-asym", "fp16", "int3-g8"):
         found += [(name, "fp16", 16, direction, 90) for direction in ("forward", "backward")]
     for name in ("int4-asym", "sparse24-int4", "unstructured-fp32"):
         found += [(name, "fp32", 16, direction, 80) for direction in ("forward", "backward")]
     return found
+
+
+def every_case(dtype: str, gpu: int) -> list[tuple[str, str, int, str, int]]:
+    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations."""
+    names = [name for name, format in TABLE.items() if format.quantized or format.values == dtype]
+    names += [f"{name}-asym" for name in names if parse_format(name).quantized]
+    rows = {"forward": (1, 2, 16, 32, 64, 128), "backward": (16, 32, 64), "dequantize": (1024,)}
+    return [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
 
 
 def label(case: tuple[str, str, int, str, int]) -> str:
@@ -175,7 +190,22 @@ def read() -> tuple[str, dict[str, dict[str, int]]]:
     return data["triton"], {name: dict(zip(names, row, strict=True)) for name, row in data["kernels"].items()}
 
 
+def sweep(dtype: str, gpu: int) -> None:
+    """Name each kernel that spills, or does not use the tensor cores where it should (minutes)."""
+    found = every_case(dtype, gpu)
+    for case in found:
+        _, _, m, direction, _ = case
+        kernel = measure(case)
+        tiles = direction == "backward" or (direction == "forward" and m > 2)
+        fits = kernel["local_bytes"] == 0 and kernel["shared_bytes"] <= SHARED_MEMORY[gpu]
+        if not fits or (tiles and not kernel["mma"] + kernel["wgmma"] + kernel["tcgen05"]):
+            print(label(case), kernel, flush=True)
+    print(f"{len(found)} kernels compiled")
+
+
 def main() -> None:
+    if len(sys.argv) == 3:
+        return sweep(sys.argv[1], int(sys.argv[2]))
     kernels = {}
     for case in cases():
         kernels[label(case)] = measure(case)

@@ -89,8 +89,8 @@ PEERS = {
 
 @lru_cache(maxsize=1)
 def case(format: str, shape: tuple[int, int]) -> tuple[list[PackedWeight], list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    packed = pack(torch.randn(*shape, generator=generator), parse_format(format)).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    packed = pack(torch.randn(*shape, generator=generator, device="cuda"), parse_format(format))
     dense = packed.unpack(torch.bfloat16)
     copies = [
         PackedWeight(packed.format, packed.shape, torch.bfloat16, {k: t.clone() for k, t in packed.buffers.items()})

@@ -6,6 +6,10 @@ A backend is a module with
     matmul_t(dy (M, N), tensors, format, k) -> dx (M, K)              dx = dy W
     unsupported(format, shape, dtype, device, direction, compute) -> the reason why it cannot, or None
 
+and, where how it runs depends on the rows,
+
+    describe(format, shape, dtype, rows, direction) -> how, for `explain`
+
 `tensors` come in the order of `format.kernel_names`; `direction` is "forward" or "backward"; `compute` is
 one of COMPUTE, and "exact" for the backward.
 """

@@ -59,6 +59,19 @@ def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, 
     return run(dy, tensors, format, k)
 
 
+def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
+    """The plan for so many rows on this machine's GPU, or, where there is none, on an H100 that was not tuned."""
+    from . import tuned
+    from .launch import properties_of
+    from .plan import plan_for, row_class
+
+    gpu = properties_of(torch.cuda.current_device()) if torch.cuda.is_available() else ()
+    m = row_class(rows)
+    measured = gpu and tuned.lookup(gpu[0], tuned.key(format, dtype, m, shape, direction)) is not None
+    plan = plan_for(format, dtype, m, shape, direction, *gpu)
+    return f"{plan} ({'tuned' if measured else 'by the rule'})"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -24,8 +24,9 @@ DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
 #: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
 #: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
 DECODE_ROWS = 2
-#: Multiprocessors to fill where there is no GPU to ask (the interpreter, ahead-of-time compilation): an H100's.
-MULTIPROCESSORS = 132
+#: Multiprocessors to fill and compute capability where there is no GPU to ask (the interpreter, ahead-of-time
+#: compilation): an H100's.
+MULTIPROCESSORS, CAPABILITY = 132, 90
 _MOST_SPLITS = 16
 
 
@@ -47,6 +48,12 @@ class Plan:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return "dequantise, then the dense product"
+        counts = f"splits={self.splits} warps={self.warps} stages={self.stages}"
+        return f"{self.kind} {self.block_n}x{self.block_m}x{self.block_k} {counts}"
 
 
 def row_class(m: int) -> int:
@@ -78,6 +85,7 @@ def plan_for(
     direction: str,
     gpu: str | None = None,
     multiprocessors: int = MULTIPROCESSORS,
+    capability: int = CAPABILITY,
 ) -> Plan:
     """The plan for `m` rows of activations of `dtype` and a weight of `shape` (N, K); `m` a `row_class`.
 
@@ -87,11 +95,17 @@ def plan_for(
         found = tuned.lookup(gpu, tuned.key(format, dtype, m, shape, direction))
         if found is not None:
             return Plan(**found)
-    return default_plan(format, dtype, m, shape, direction, multiprocessors)
+    return default_plan(format, dtype, m, shape, direction, multiprocessors, capability)
 
 
 def default_plan(
-    format: Format, dtype: torch.dtype, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
+    format: Format,
+    dtype: torch.dtype,
+    m: int,
+    shape: tuple[int, int],
+    direction: str,
+    multiprocessors: int,
+    capability: int = CAPABILITY,
 ) -> Plan:
     """The rule where no table answers."""
     if m >= DENSE_FROM_ROWS[direction]:
@@ -102,7 +116,7 @@ def default_plan(
     elif m <= DECODE_ROWS:
         plan = _decode_tiles(format, m)
     else:
-        plan = _forward_tiles(format, shape[1], m, slow)
+        plan = _forward_tiles(format, shape[1], m, slow, capability)
     return with_splits(plan, format, m, shape, direction, multiprocessors)
 
 
@@ -111,15 +125,17 @@ def dense_plan(format: Format) -> Plan:
     return Plan("dense", 16, 0, TILE, stages=2)
 
 
-def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
+def _forward_tiles(format: Format, k: int, m: int, slow: bool, capability: int) -> Plan:
     """BLOCK_K divides the group where a power of two of 32 or more does, so that the scale stays out of the product."""
     if slow:
         plan = Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)  # larger tiles of fp32 products spill
     elif m <= 64:
         narrow = format.quantized and format.bits < 8
-        plan = Plan("tile", 64, max(m, 16), 128, warps=4 if m <= 32 or narrow else 8)
+        few = m <= 32 and not (format.pattern == "sparse24" and format.quantized and format.bits == 8)  # which spills
+        plan = Plan("tile", 64, max(m, 16), 128, warps=4 if few or narrow else 8)
     else:
-        plan = Plan("tile", 128, 128, 64, warps=8)
+        # mma.sync, of all but Hopper and data-centre Blackwell, holds both operands in registers: 128 rows of W spill.
+        plan = Plan("tile", 128 if capability // 10 in (9, 10) else 64, 128, 64, warps=8)
     if format.pattern == "unstructured":
         most = 32 if format.quantized else 64  # the addresses of gathered codes take registers
         return replace(plan, block_k=TILE, block_n=16 if slow else 64, block_m=min(plan.block_m, most), warps=8)
@@ -135,6 +151,8 @@ def _decode_tiles(format: Format, m: int) -> Plan:
     if format.pattern == "unstructured":
         return Plan("decode", 4, m, TILE, warps=1, stages=1)
     wide = {32: 128, 16: 256, 8: 256}.get(format.bits, 512)
+    if format.pattern == "sparse24" and format.bits == 2 and m > 1:
+        wide = 256  # 512 spill on sm_90
     return Plan("decode", 4, m, wide, warps=1, stages=1)
 
 

@@ -92,7 +92,7 @@ def warm_up(
     from . import launch
 
     kept: dict[str, dict] = {}
-    gpu, multiprocessors = launch.gpu_of(weights[0].tensors[0])
+    gpu, *size = launch.gpu_of(weights[0].tensors[0])
     launches = 0
     for weight in weights:
         (n, k), format = weight.shape, weight.format
@@ -107,7 +107,7 @@ def warm_up(
                     return launch.matmul_t(x, weight.tensors, format, k, plan)
 
                 if tune:
-                    rule = default_plan(format, dtype, m, weight.shape, direction, multiprocessors)
+                    rule = default_plan(format, dtype, m, weight.shape, direction, *size)
                     plan, _ = best(list(candidates(rule, format, m, direction)), run, seconds or _bench)
                     kept[tuned.key(format, dtype, m, weight.shape, direction)] = plan.to_dict()
                 else:
