@@ -11,10 +11,10 @@
 
 namespace {
 
-constexpr int64_t kRowChunk = 2048;            // inputs: the unpacked entries of a chunk stay in L1
-constexpr int64_t kDepth = 256;                // depth of a panel: kDepth x kTile floats of it stay in L1
-constexpr int64_t kWidth = 256;                // columns of a panel
-constexpr int64_t kPanelStride = kWidth + 16;  // floats between rows of a panel that is decoded as W lies
+constexpr int64_t kRowChunk = 2048;       // inputs: the unpacked entries of a chunk stay in L1
+constexpr int64_t kDepth = 256;           // depth of a panel: kDepth x kTile floats of it stay in L1
+constexpr int64_t kWidth = 256;           // columns of a panel
+constexpr int64_t kFew = 8;               // rows of dy that wait for memory
 constexpr int64_t kBlock = 512;           // rows of dy that share a decoded panel: kBlock x kDepth floats stay in L2
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
 
@@ -211,15 +211,15 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
 
 // ---- Many rows: panels --------------------------------------------------------------------------------------------
 
-// C (kR, kV W) += A (kR, length) P (length, kV W); rows of A are kStride apart, rows of C kWidth.
+// C (kR, kV W) += A (kR, length) P (length, kV W); rows of A are kStride apart.
 template <int kR, int kV>
-void panel_tile(const float* a, const float* p, int64_t pitch, int64_t length, float* c) {
+void panel_tile(const float* a, const float* p, int64_t ldp, int64_t length, float* c, int64_t ldc) {
   vf acc[kR][kV];
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) acc[i][v] = zero();
-  for (int64_t r = 0; r < length; ++r, p += pitch) {
+  for (int64_t r = 0; r < length; ++r, p += ldp) {
     vf b[kV];
 #pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) b[v] = load(p + v * W);
@@ -234,12 +234,12 @@ void panel_tile(const float* a, const float* p, int64_t pitch, int64_t length, f
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) {
-      float* out = c + i * kWidth + v * W;
+      float* out = c + i * ldc + v * W;
       store(out, add(load(out), acc[i][v]));
     }
 }
 
-using PanelTile = void (*)(const float*, const float*, int64_t, int64_t, float*);
+using PanelTile = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t);
 template <int kR>
 PanelTile panel_tile_of(int64_t rows) {
   if constexpr (kR == 1)
@@ -273,32 +273,39 @@ void forward_part(const Job& job, const Decoder& decoder, const Part& part, floa
           for (int64_t i = 0; i < height; ++i)
             slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, spare, a + i * kStride);
           for (int64_t t = 0; t < m; t += kTile)
-            panel_tile_of<kRows>(height)(a, panel + t * kDepth, kTile, length, c + n * kWidth + t);
+            panel_tile_of<kRows>(height)(a, panel + t * kDepth, kTile, length, c + n * kWidth + t, kWidth);
         }
       }
       write_transposed(job, m0, m, c0, width, c, kWidth);
     }
 }
 
-// dx. The panel is of W as it lies, panel[n][k]; rows of dy are A.
-int64_t backward_floats(int64_t rows) {
-  return least(rows, kBlock) * (kStride + kWidth) + kDepth * kPanelStride + spare_floats(kWidth);
-}
+// dx. The panel is of W as it lies, panel[n][k]; rows of dy are A. Few rows of dy wait for memory, which gives long
+// pieces of a row of W faster: the panel is wider, and less deep.
+struct Backward {
+  int64_t block, width, depth, stride;  // rows of dy; the panel; floats between rows of it
+  Backward(const Job& job, int64_t rows)
+      : block(least(rows, kBlock)),
+        width(job.m <= kFew ? 4 * kWidth : kWidth),
+        depth(kDepth * kWidth / width),
+        stride(width + 16) {}
+  int64_t floats() const { return block * (kStride + width) + depth * stride + spare_floats(width); }
+};
 
 void backward_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
-  const int64_t block = least(part.row1 - part.row0, kBlock);
-  float *a = scratch, *panel = a + block * kStride, *c = panel + kDepth * kPanelStride, *spare = c + block * kWidth;
+  const Backward b(job, part.row1 - part.row0);
+  float *a = scratch, *panel = a + b.block * kStride, *c = panel + b.depth * b.stride, *spare = c + b.block * b.width;
   for (int64_t m0 = part.row0; m0 < part.row1; m0 += kBlock)
-    for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
-      const int64_t m = least(part.row1 - m0, kBlock), width = least(part.column1 - c0, kWidth);
+    for (int64_t c0 = part.column0; c0 < part.column1; c0 += b.width) {
+      const int64_t m = least(part.row1 - m0, kBlock), width = least(part.column1 - c0, b.width);
       const int64_t strips = (m + kRows - 1) / kRows, step = m == 1 ? 4 * kTile : m == 2 ? 2 * kTile : kTile;
-      memset(c, 0, sizeof(float) * (size_t)(m * kWidth));
-      for (int64_t r0 = 0; r0 < w.n; r0 += kDepth) {
-        const int64_t length = least(w.n - r0, kDepth);
+      memset(c, 0, sizeof(float) * (size_t)(m * b.width));
+      for (int64_t r0 = 0; r0 < w.n; r0 += b.depth) {
+        const int64_t length = least(w.n - r0, b.depth);
         for (int64_t r = 0; r < length; ++r)
           decoder.decode(w, r0 + r, c0, c0 + width, decoder.start(w, r0 + r, c0), kRowsAhead * w.k, spare,
-                         panel + r * kPanelStride);
+                         panel + r * b.stride);
         for (int64_t i = 0; i < m; ++i) read_row(x_at(job, m0 + i, r0), job.dtype, length, a + i * kStride);
         for (int64_t t = 0; t < width; t += step)
           for (int64_t s = 0; s < strips; ++s) {
@@ -306,10 +313,10 @@ void backward_part(const Job& job, const Decoder& decoder, const Part& part, flo
             const PanelTile tile = m == 1   ? panel_tile<1, 4 * kVectors>  // sums enough to hide the latency of an add
                                    : m == 2 ? panel_tile<2, 2 * kVectors>
                                             : panel_tile_of<kRows>(height);
-            tile(a + i * kStride, panel + t, kPanelStride, length, c + i * kWidth + t);
+            tile(a + i * kStride, panel + t, b.stride, length, c + i * b.width + t, b.width);
           }
       }
-      for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, c0, width, c + i * kWidth);
+      for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, c0, width, c + i * b.width);
     }
 }
 
@@ -344,7 +351,7 @@ int run(const Job& job, int threads) {
     float* memory = scratch((size_t)(brain            ? brain_floats()
                                      : skip           ? skip_floats(rows)
                                      : dot            ? dot_floats(job)
-                                     : job.transposed ? backward_floats(rows)
+                                     : job.transposed ? Backward(job, rows).floats()
                                                       : forward_floats()));
     if (memory) {
       kernel(job, decoder, part, memory);
