@@ -152,7 +152,7 @@ struct Blocks {
   Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot)
       : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {}
 
-  // ahead: how many entries further on to prefetch from
+  // ahead: how many inputs further on to prefetch from
   template <bool kStrided>
   Held next(const Weight& w, int64_t ahead) {
     Held held;
@@ -162,7 +162,7 @@ struct Blocks {
       __builtin_prefetch(mask + (ahead >> 3));
       mask += 8;
     }
-    Values::ahead(w, slot + ahead);
+    Values::ahead(w, slot + (Pattern::kSparse ? ahead * w.density >> 8 : ahead));
     if constexpr (kStrided && Pattern::kBlockStored == 64 && Values::kWidth == 4) {  // four codes a dword: one shuffle
       const uint8_t* fours = (const uint8_t*)w.stored + (slot >> 1);
       held.part[0] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)fours));

@@ -41,11 +41,13 @@ int run(const Job& job, int threads) {
   return baseline::run(job, threads);
 }
 
-int64_t stored_bytes(const ctp_weight& w) {
+// With what follows from it.
+Weight complete(const ctp_weight& w) {
   static const int bits[] = {32, 16, 16, 8, 4, 2, 2};
   const int64_t in_row = w.pattern == CTP_SPARSE24 ? w.k / 2 : w.k;
   const int64_t slots = w.pattern == CTP_UNSTRUCTURED ? (int64_t)w.row_offsets[w.n] * 8 : w.n * ((in_row + 7) & ~7);
-  return slots * bits[w.values] / 8;
+  const int64_t groups = w.values < CTP_INT8 ? 0 : (w.k + w.group - 1) / w.group;
+  return {w, groups, slots * bits[w.values] / 8, (int64_t)((double)slots * 256 / ((double)w.n * (double)w.k))};
 }
 
 bool sound(const ctp_weight& w) {
@@ -71,9 +73,7 @@ int checked_run(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m,
     return CTP_BAD_ARGUMENT;
   if (m == 0) return CTP_OK;
   if (!x || !y) return CTP_BAD_ARGUMENT;
-  Job job{{*weight, 0, stored_bytes(*weight)}, x, ldx, m, bias, y, dtype, transposed, compute};
-  if (weight->values >= CTP_INT8) job.weight.groups = (weight->k + weight->group - 1) / weight->group;
-  return run(job, threads);
+  return run({complete(*weight), x, ldx, m, bias, y, dtype, transposed, compute}, threads);
 }
 
 }  // namespace

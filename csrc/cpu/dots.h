@@ -21,7 +21,7 @@ struct Span {
 
 // sums[(m * kDotGroup + r + i) * W] += lanes whose sum is W[n + i, k0 .. k1) . x[m, k0 .. k1), for four i, and some m
 // from m0 on. k0 and k1 are multiples of 64, or k1 is K. slots[i]: where row n + i stands, and then where it stands
-// after k1. ahead: how many entries further on to prefetch from. Past the last row of W, that row is repeated.
+// after k1. ahead: how many inputs further on to prefetch from. Past the last row of W, that row is repeated.
 using Dots = void (*)(const Weight&, const Span&, int64_t n, int64_t m0, int64_t* slots, int64_t ahead, float* sums);
 
 #if defined(__AVX512VBMI2__)

@@ -55,7 +55,7 @@ void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start,
   memset(rows, 0, 4 * kInt8Stride);
   const bool fields = in_fields(w, x);
   for (int64_t n = part.column0; n < part.column1; n += 4) {
-    int64_t slots[4], ids[4], ahead = start(w, least(n + 4, w.n - 1), 0) - start(w, n, 0);
+    int64_t slots[4], ids[4], ahead = 4 * w.k;
     for (int r = 0; r < 4; ++r) {
       ids[r] = least(n + r, w.n - 1);
       slots[r] = start(w, ids[r], 0);
@@ -164,10 +164,9 @@ void int8_panel_part(const Job& job, const Quantized& x, Codes codes, Start star
           uint8_t* out = panel + t * kInt8Chunk;
           for (int64_t v = 0; v < kTile; v += W) {
             const int64_t first = least(c0 + t + v, w.n - 1);
-            const int64_t ahead = start(w, least(first + W, w.n - 1), 0) - start(w, first, 0);
             for (int64_t i = 0; i < W; ++i)
               slots[t + v + i] =
-                  codes(w, least(first + i, w.n - 1), k, end, slots[t + v + i], ahead, rows + i * kInt8Stride);
+                  codes(w, least(first + i, w.n - 1), k, end, slots[t + v + i], W * w.k, rows + i * kInt8Stride);
             for (int64_t d = 0; d < (s1 - s0) * x.segment; d += 16)
               transpose4((const float*)(rows + d), kInt8Stride / 4, (float*)(out + d * kTile + 4 * v), kTile);
           }

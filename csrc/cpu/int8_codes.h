@@ -42,7 +42,7 @@ inline uint64_t eight_codes(const Weight& w, int64_t slot) {
 }
 
 // out[0 .. k1 - k0) = the codes of W[row, k0 .. k1); returns the slot after the last. As decode() in decode.h;
-// ahead: how many entries further on to prefetch from.
+// ahead: how many inputs further on to prefetch from.
 using Codes = int64_t (*)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
                           uint8_t* out);
 

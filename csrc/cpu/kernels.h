@@ -13,6 +13,7 @@ namespace ctp {
 struct Weight : ctp_weight {
   int64_t groups;        // scales a row
   int64_t stored_bytes;  // of `stored`: nothing beyond may be read
+  int64_t density;       // stored entries of 256 inputs, on average
 };
 
 // y (m, n) = x (m, k) W^T + bias, or transposed: y (m, k) = x (m, n) W

@@ -171,18 +171,19 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
     const int64_t count = least(kDotGroup, part.column1 - n0);
     int64_t slots[kDotGroup], begin[kDotGroup];
     for (int64_t r = 0; r < round_up(count, 4); ++r) slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
-    // The next four rows, at the place where these four are.
-    const int64_t ahead = decoder.start(w, least(n0 + 4, w.n - 1), 0) - slots[0];
     memset(sums, 0, sizeof(float) * (size_t)(ms * kDotGroup * W));
     for (int64_t k = 0; k < w.k && !one_row; k += chunk) {
       const Span span = {k, least(k + chunk, w.k), x + k * ms, least(chunk, padded - k), spare};
+      // Inputs from four rows of W to those that come next: the next rows, or the first with the next chunk.
+      const auto ahead = [&](int64_t r) { return r + 4 < count || span.k1 == w.k ? 4 * w.k : chunk - r * w.k; };
       if (in_registers) {
         memcpy(begin, slots, sizeof begin);
         for (int64_t m = 0; m < job.m; m += 4) {
           const int64_t left = job.m - m;
           memcpy(slots, begin, sizeof begin);
           for (int64_t r = 0; r < count; r += 4)
-            decoder.dots[left > 2 ? 2 : left - 1](w, span, n0 + r, m, slots + r, ahead, sums + (m * kDotGroup + r) * W);
+            decoder.dots[left > 2 ? 2 : left - 1](w, span, n0 + r, m, slots + r, ahead(r),
+                                                  sums + (m * kDotGroup + r) * W);
         }
         continue;
       }
@@ -190,7 +191,7 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
         for (int64_t i = 0; i < 4; ++i) {
           float* out = rows + i * kDotStride;
           memset(out + (span.k1 - k) / W * W, 0, sizeof(float) * W);
-          slots[r + i] = decoder.decode(w, least(n0 + r + i, w.n - 1), k, span.k1, slots[r + i], ahead, spare, out);
+          slots[r + i] = decoder.decode(w, least(n0 + r + i, w.n - 1), k, span.k1, slots[r + i], ahead(r), spare, out);
         }
         const int64_t length = round_up(span.k1 - k, W);
         int64_t m = 0;
