@@ -109,7 +109,6 @@ torch.library.register_autograd("ctp::matmul", _matmul_backward, setup_context=_
 torch.library.register_autograd("ctp::matmul_t", _matmul_t_backward, setup_context=_keep_t, lib=_LIB)
 
 
-
 _keys = torch._C._dispatch_tls_local_include_set
 #: What `_keys` holds outside and inside inference mode where nobody listens: no tracer, vmap, fake tensor or mode.
 _QUIET = {

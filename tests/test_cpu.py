@@ -124,7 +124,7 @@ def test_as_exact_as_dense(name: str, hazard: str) -> None:
 @pytest.mark.parametrize("m, shape", [(1, (6, 2500)), (6, (6, 1200)), (20, (270, 300)), (1030, (40, 260))])
 @pytest.mark.parametrize("name", SOME)
 def test_shapes_larger_than_every_block(name: str, m: int, shape: tuple[int, int]) -> None:
-    check_both_directions(name, m, shape, dtypes=["fp32"])
+    check_both_directions(name, m, shape, dtypes=["fp32", "bf16"])
 
 
 THINNED = [
@@ -190,12 +190,13 @@ def test_one_hot_rows_return_the_decoded_weight(name: str) -> None:
 @pytest.mark.parametrize("m", [1, 5, 12])
 @pytest.mark.parametrize("name", SOME)
 def test_strided(name: str, m: int) -> None:
-    n, k = 33, 172
+    n, k = 34, 172
     packed, _ = packed_weight(name, (n, k))
     for dtype in DTYPES.values():
         wide_x, wide_dy = random(m, k + 20, dtype=dtype), random(m, n + 20, dtype=dtype)
         for x, dy in (
             (wide_x[:, 5 : 5 + k], wide_dy[:, 5 : 5 + n]),  # rows further apart than they are long
+            (wide_x.flatten()[: m * (k + 19)].view(m, -1)[:, :k], wide_dy.flatten()[: m * (n + 19)].view(m, -1)[:, :n]),
             (wide_x[:1, :k].expand(m, k), wide_dy[:1, :n].expand(m, n)),  # all rows in one place
             (wide_x[:, :k].T.contiguous().T, wide_dy[:, :n].T.contiguous().T),  # neighbours far apart
         ):
@@ -223,10 +224,11 @@ def test_weight_without_entries() -> None:
 
 @pytest.mark.parametrize("m, shape", [(1, (256, 520)), (6, (256, 520)), (30, (96, 520)), (200, (33, 1040))])
 @pytest.mark.parametrize("name", SOME)
-def test_thread_count_does_not_change_the_bits(name: str, m: int, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_thread_count_does_not_change_the_bits(dtype: str, name: str, m: int, shape: tuple[int, int]) -> None:
     n, k = shape
     packed, _ = packed_weight(name, shape)
-    x, dy = random(m, k, dtype=torch.float32), random(m, n, dtype=torch.float32)
+    x, dy = random(m, k, dtype=DTYPES[dtype]), random(m, n, dtype=DTYPES[dtype])
     for isa in isas():
         found = []
         for threads in (1, 2, 5):
@@ -256,9 +258,9 @@ def test_nothing_is_written_around_the_output(name: str) -> None:
     n, k, edge = 33, 172, 64
     packed, _ = packed_weight(name, (n, k))
     library, weight = cpu._loaded(), c_interface.weight_of(packed.tensors, packed.format, n, k)
-    kinds = list(itertools.product((1, 2, 9, 30), enumerate((torch.float32, torch.float16))))
+    kinds = list(itertools.product((1, 2, 9, 30), c_interface.DTYPES.items()))
     for isa in isas():
-        for m, (code, dtype) in kinds:
+        for m, (dtype, code) in kinds:
             x, dy = random(m, k, dtype=dtype), random(m, n, dtype=dtype)
             y, dx = (torch.full((m * width + 2 * edge,), 77.0, dtype=dtype) for width in (n, k))
             start_y, start_dx = y[edge:].data_ptr(), dx[edge:].data_ptr()
@@ -272,10 +274,11 @@ def test_nothing_is_written_around_the_output(name: str) -> None:
 
 @pytest.mark.parametrize("m", [1, 4, 20])
 @pytest.mark.parametrize("name", ["int4", "sparse24-int4", "unstructured-bf16"])
-def test_nan_propagates_as_in_a_dense_matmul(name: str, m: int) -> None:
-    n, k = 33, 172
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_nan_propagates_as_in_a_dense_matmul(dtype: str, name: str, m: int) -> None:
+    n, k = 34, 172
     packed, _ = packed_weight(name, (n, k))
-    x, dy = random(m, k, dtype=torch.float32), random(m, n, dtype=torch.float32)
+    x, dy = random(m, k, dtype=DTYPES[dtype]), random(m, n, dtype=DTYPES[dtype])
     x[0, 170], dy[0, 31] = float("nan"), float("nan")
     for isa in isas():
         y = cpu.matmul(x, packed.tensors, packed.format, n, None)

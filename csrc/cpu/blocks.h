@@ -110,12 +110,13 @@ inline __m512i high_halves(__m512i v, int i) {
 template <class Pattern, class Values, class G>
 inline void stored64(const Weight& w, int64_t slot, int count, const G& grid, float* out) {
   constexpr int kStored = Pattern::kBlockStored;
-  const int most = kStored ? kStored : count;
+  // As many as most blocks have are unpacked without a look at the count, which nobody could predict.
+  const int likely = kStored ? kStored : (int)(w.density >> 2) + 12;
   if constexpr (Values::kGrouped) {
     const __m512i codes = codes64<Values::kWidth, kStored>(w, slot);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      if (16 * i < most) {
+      if (16 * i < likely || 16 * i < count) {
         const __m128i sixteen = i == 0   ? _mm512_castsi512_si128(codes)
                                 : i == 1 ? _mm512_extracti32x4_epi32(codes, 1)
                                 : i == 2 ? _mm512_extracti32x4_epi32(codes, 2)
@@ -127,7 +128,7 @@ inline void stored64(const Weight& w, int64_t slot, int count, const G& grid, fl
     const uint8_t* stored = (const uint8_t*)w.stored;
 #pragma GCC unroll 4
     for (int i = 0; i < kSize; ++i)
-      if (kEach * i < most) {
+      if (kEach * i < likely || kEach * i < count) {
         const int64_t at = (slot + kEach * i) * kSize;
         const __m512i part = bytes_at<kStored ? 64 : 0>(stored + at, w.stored_bytes - at);
         if constexpr (kSize == 4) {

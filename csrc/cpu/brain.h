@@ -26,12 +26,6 @@ inline bool in_brain(const Job& job) {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// The sixteen values of a grid as bf16, and zeros for pruned entries, whose code has bit 4 (blocks.h).
-struct BrainGrid {
-  __m512i table;
-  CTP_BRAIN explicit BrainGrid(vf values) : table(_mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(values))) {}
-};
-
 // out[0 .. k1 - k0) = W[row, k0 .. k1) rounded to bf16, then zeros up to a multiple of W. As decode().
 template <class Pattern, class Values>
 CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
@@ -40,6 +34,8 @@ CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1
   for (int64_t k = k0; k < k1;) {
     const int64_t end = Values::kGrouped ? least(k - (int64_t)((uint32_t)k % (uint32_t)w.group) + w.group, k1) : k1;
     const auto grid = Values::grid(w, row, Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0);
+    __m512i table;  // of a grid's values, and zeros for pruned entries, whose code has bit 4 (blocks.h)
+    if constexpr (kTable) table = _mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(grid.table));
     using B = Blocks<Pattern, Values>;
     B blocks(w, row, k, slot);
     for (; k + 64 <= end; k += 64, out += 64) {
@@ -49,7 +45,7 @@ CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1
         __m512i lanes;
         if constexpr (kTable) {
           const __m256i codes = i ? _mm512_extracti64x4_epi64(held.part[0], 1) : _mm512_castsi512_si256(held.part[0]);
-          lanes = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), BrainGrid(grid.table).table);
+          lanes = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
         } else if constexpr (Values::kBrain) {
           lanes = held.part[i];
         } else {

@@ -199,7 +199,7 @@ inline bool skips(const Job& job) {
   if (share > 0.6) return false;
   const bool few = share < 0.35;
   if (job.transposed) return job.m >= (few ? 32 : 80);
-  return job.m > kDotLimit || (job.m >= 12 && (few || w.pattern == CTP_SPARSE24));
+  return job.m > kDotLimit || job.m >= (few || w.pattern == CTP_SPARSE24 ? 12 : 16);
 }
 
 }  // namespace

@@ -90,7 +90,7 @@ def matmul(
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
     library, (m, k) = _loaded(), x.shape
     weight = weight_of(tensors, format, n, k)
-    x = rows_contiguous(x)
+    x = _laid_out(x)
     bias, bias_pointer = bias_for(bias, n, x.dtype)
     y = x.new_empty((m, n))
     threads = torch.get_num_threads()
@@ -107,13 +107,18 @@ def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, 
     """dx (M, K) = dy (M, N) W, summed as in `matmul`."""
     library, (m, n) = _loaded(), dy.shape
     weight = weight_of(tensors, format, n, k)
-    dy = rows_contiguous(dy)
+    dy = _laid_out(dy)
     dx = dy.new_empty((m, k))
     threads = torch.get_num_threads()
     status = library.ctp_cpu_matmul_t(weight, dy.data_ptr(), dy.stride(0), m, dx.data_ptr(), DTYPES[dy.dtype], threads)
     if status:
         _check(library, status)
     return dx
+
+
+def _laid_out(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels take it: in bf16, pairs of neighbours on even places, or the kernel would depend on strides."""
+    return x.contiguous() if x.dtype == torch.bfloat16 and x.stride(0) % 2 else rows_contiguous(x)
 
 
 def _check(library: ctypes.CDLL, status: int) -> None:
