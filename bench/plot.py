@@ -30,24 +30,36 @@ def plot_all(folder: Path) -> list[Path]:
     return written
 
 
+def of_every_shape(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the formats that were measured at most shapes: a full run has too many formats for a picture."""
+    shapes: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for row in rows:
+        shapes[row["format"]].add((row["n"], row["k"]))
+    most = max(map(len, shapes.values()))
+    return [row for row in rows if len(shapes[row["format"]]) == most]
+
+
 def plot_kernels(rows: list[dict[str, str]], path: Path) -> Path:
     """Speed over dense versus rows, one panel per shape and direction."""
+    rows = of_every_shape(rows)
     panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         panel = f"{row['direction']}, N x K = {row['n']} x {row['k']}"
         panels[panel][row["format"]].append((int(row["rows"]), float(row["speedup"])))
-    figure, axes = _figure(len(panels))
+    figure, axes = _figure(len(panels), across=2)
+    labels = dict.fromkeys(row["format"] for row in rows)
+    styles = {label: f"C{i % 10}" + ("-o", "--s")[i // 10 % 2] for i, label in enumerate(labels)}
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+            axis.plot(*zip(*sorted(points), strict=True), styles[label], label=label)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="rows of x", ylabel="speed, dense = 1")
         ticks = sorted({rows for points in lines.values() for rows, _ in points})
         axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [str(rows) for rows in ticks])
+        axis.set_xticks(ticks, [str(rows) for rows in ticks], fontsize=7)
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return _save(figure, path)
 
 
@@ -55,7 +67,7 @@ def plot_roofline(rows: list[dict[str, str]], folder: Path) -> Path:
     """GFLOP/s against FLOP per byte moved, forward, under the measured roofs (those of fp32 multiply-adds)."""
     roof = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row in rows:
+    for row in of_every_shape(rows):
         if row["direction"] == "forward" and "int8 activations" not in row["format"]:
             speed = float(row["gflop_per_s"])
             lines[row["format"]].append((speed / float(row["gb_per_s"]), speed))
@@ -106,11 +118,13 @@ def plot_prompt_length(rows: list[dict[str, str]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _figure(panels: int):
+def _figure(panels: int, across: int | None = None):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
-    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    across = min(across or panels, panels)
+    down = -(-panels // across)
+    figure = Figure(figsize=(5 * across, 4 * down), layout="constrained")
+    return figure, [figure.add_subplot(down, across, i + 1) for i in range(panels)]
 
 
 def _save(figure, path: Path) -> Path:

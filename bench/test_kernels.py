@@ -35,7 +35,7 @@ CASES = [
 EXTRA = [(name, name, 0.5) for name in FORMATS if name not in {case[1] for case in CASES}]
 SHAPES = [(4096, 4096), (2048, 2048), (11008, 4096), (4096, 11008)]
 ROWS = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512, 1024, 4096]
-#: The selection of a short run. --benchmark-full: CASES at every shape, all formats and rows at the first.
+#: The selection of a short run. --benchmark-full: every row at the first shape, these at the others, other formats.
 QUICK = {"forward": [1, 4, 16, 64, 512], "dX": [16, 64, 512]}
 CACHE = 64 * 2**20  # rotate over copies of the weight that together exceed it
 
@@ -83,10 +83,10 @@ def ids(case) -> str:
 @torch.no_grad()
 def test_cpu_kernels(interleave, table, request, shape, case, direction, rows):
     quick = rows in QUICK[direction] and case in CASES
-    if request.config.getoption("--benchmark-full"):
-        if not quick and shape != SHAPES[0]:
-            pytest.skip("the other shapes are for the formats and rows of the table")
-    elif not quick or shape != SHAPES[0]:
+    full = request.config.getoption("--benchmark-full")
+    if shape != SHAPES[0] and not (full and quick):
+        pytest.skip("the other shapes are for the formats and rows of the table, with --benchmark-full")
+    if not quick and not (full and (case in CASES or rows in QUICK[direction])):
         pytest.skip("only with --benchmark-full")
     label, format, zeros, compute, dtype = (*case, *("exact", torch.float32)[len(case) - 3 :])
     if compute == "int8" and direction == "dX":

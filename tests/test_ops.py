@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from ctp_kernels import CTPError, PackedLinear, pack, parse_format
 from tests.helpers import FORMAT_NAMES, weight_for
@@ -65,6 +67,35 @@ def test_compile_without_a_graph_break_forward_and_backward(backend):
     (dx,) = torch.autograd.grad(y.sum(), x)
     (expected,) = torch.autograd.grad(layer(x).sum(), x)
     assert torch.allclose(dx, expected, atol=1e-5)
+
+
+def test_the_kernel_is_called_directly_where_nobody_listens_and_only_there(monkeypatch):
+    layer, x = layer_for("int4", n=24, k=172), torch.randn(2, 3, 172)
+    expected = layer(x)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        layer(x)
+    assert "ctp::matmul" in {event.key for event in profile.key_averages()}
+
+    def counted(layer, x):
+        with FlopCounterMode(display=False):
+            layer(x)
+
+    def operator(*_):
+        raise LookupError("the operator was called")
+
+    monkeypatch.setattr(torch.ops.ctp, "matmul", operator)
+    for silent in (torch.no_grad, torch.inference_mode):
+        with silent():
+            assert torch.equal(layer(x), expected)
+    listeners = {
+        "gradients": lambda: layer(x),
+        "a mode": lambda: counted(layer, x),
+        "vmap": lambda: torch.vmap(layer)(x),
+        "make_fx": lambda: make_fx(layer)(x),
+    }
+    for name, call in listeners.items():
+        with torch.set_grad_enabled(name == "gradients"), pytest.raises(LookupError):
+            call()
 
 
 def test_backward_keeps_only_the_packed_buffers():

@@ -296,6 +296,8 @@ def test_plans_fit_the_format(name):
                 outputs = n if direction == "forward" else k
                 assert plan.splits == 1 or plan.splits * m * outputs * 8 * 2 < n * k * format.bits / 8
                 assert (plan.kind == "dense") == (m == 4096) and (plan.kind != "decode" or plan.block_m == m <= 8)
+                plain = default_plan(format, torch.float32, m, (n, k), direction, 132)  # no tensor cores
+                assert (plain.kind == "dense") == (m >= 128)
 
 
 @pytest.mark.gpu

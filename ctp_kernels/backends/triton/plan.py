@@ -21,6 +21,10 @@ from . import tuned
 #: written and read once in 16 bits, on an H200) a dense product of 512 rows keeps two thirds of its speed, of 2048
 #: nine tenths, and a Triton kernel reaches less of the tensor cores' rate than cuBLAS does.
 DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
+#: The same for fp32 activations and for floating values of another dtype than the activations, whose products are
+#: summed by plain cores. Not measured; by arithmetic a weight is dequantised to fp32 in the time that 60 to 90 rows of
+#: products take at the full rate of those cores (H100, H200), of which tiles this small reach a part.
+DENSE_FROM_ROWS_FP32 = 128
 #: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
 #: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
 DECODE_ROWS = 2
@@ -108,9 +112,9 @@ def default_plan(
     capability: int = CAPABILITY,
 ) -> Plan:
     """The rule where no table answers."""
-    if m >= DENSE_FROM_ROWS[direction]:
-        return dense_plan(format)
     slow = widens(format, dtype) or dtype == torch.float32  # fp32 products do not run on tensor cores
+    if m >= (DENSE_FROM_ROWS_FP32 if slow else DENSE_FROM_ROWS[direction]):
+        return dense_plan(format)
     if direction == "backward":
         plan = _backward_tiles(format, m, slow)
     elif m <= DECODE_ROWS:
