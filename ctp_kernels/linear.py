@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class PackedLinear(nn.Module):
             y = self.group.run(self, x)
             if y is not None:
                 return y
-        tensors = [self._buffers[name] for name in self.format.kernel_names]
+        tensors: Any = [self._buffers[name] for name in self.format.kernel_names]
         return ops.linear(x, tensors, self.bias, self.format, self.out_features, self.backend, self.compute)
 
     def extra_repr(self) -> str:

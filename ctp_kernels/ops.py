@@ -139,7 +139,7 @@ def linear(
         and type(x) is torch.Tensor
         and x.is_cpu
         and _keys().raw_repr() in _QUIET
-        and not torch.autograd._profiler_enabled()
+        and not torch.autograd.profiler._is_profiler_enabled
     ):
         return _run(x, packed, bias, format, n, backend, compute)
     return torch.ops.ctp.matmul(x, packed, bias, format.name, n, backend, compute)
