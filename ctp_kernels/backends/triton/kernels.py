@@ -227,7 +227,7 @@ def decode_kernel(
             scale = group_scales(scales, rows, t, K, GROUP, SEGMENT, BLOCK_K)
         sums = ()
         for m in tl.static_range(BLOCK_M):
-            x_row = x + tl.minimum(M - 1, m).to(tl.int64) * ldx
+            x_row = x + tl.minimum(M - 1, m) * ldx
             if K % BLOCK_K != 0:
                 xs = tl.load(x_row + k, mask=k < K, other=0.0)
             else:
