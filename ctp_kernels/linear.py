@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
             if y is not None:
                 return y
         tensors: Any = [self._buffers[name] for name in self.format.kernel_names]
-        return ops.linear(x, tensors, self.bias, self.format, self.out_features, self.backend, self.compute)
+        return ops.linear(x, tensors, self.bias, self.format.name, self.out_features, self.backend, self.compute)
 
     def extra_repr(self) -> str:
         mode = "" if self.compute == "exact" else f", compute={self.compute}"

@@ -14,6 +14,7 @@ product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,20 +35,6 @@ def _kernel(
     return module.matmul if direction == "forward" else module.matmul_t
 
 
-def _run(
-    x: torch.Tensor,
-    packed: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    format: Format,
-    n: int,
-    backend: str,
-    compute: str,
-) -> torch.Tensor:
-    k = x.shape[-1]
-    y = _kernel(format, (n, k), x, "forward", backend, compute)(x.reshape(-1, k), packed, format, n, bias, compute)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
-
-
 @torch.library.impl(_LIB, "matmul", "CompositeExplicitAutograd")
 def _matmul(
     x: torch.Tensor,
@@ -58,7 +45,9 @@ def _matmul(
     backend: str,
     compute: str = "exact",
 ) -> torch.Tensor:
-    return _run(x, packed, bias, parse_format(format), n, backend, compute)
+    fmt, k = parse_format(format), x.shape[-1]
+    y = _kernel(fmt, (n, k), x, "forward", backend, compute)(x.reshape(-1, k), packed, fmt, n, bias, compute)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
 
 
 @torch.library.impl(_LIB, "matmul_t", "CompositeExplicitAutograd")
@@ -120,16 +109,8 @@ _QUIET = {
 }
 
 
-def linear(
-    x: torch.Tensor,
-    packed: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    format: Format,
-    n: int,
-    backend: str,
-    compute: str,
-) -> torch.Tensor:
-    """`ctp::matmul`; without gradients, in plain eager code on the CPU, its kernel without the operator around it.
+def linear(x: torch.Tensor, packed: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+    """`ctp::matmul`, with its arguments; without gradients, in plain eager code on the CPU, its kernel alone.
 
     The operator costs 15 to 80 us a call (the more the colder the caches), a token's layer as little as 30 us.
     """
@@ -141,5 +122,5 @@ def linear(
         and _keys().raw_repr() in _QUIET
         and not torch.autograd.profiler._is_profiler_enabled
     ):
-        return _run(x, packed, bias, format, n, backend, compute)
-    return torch.ops.ctp.matmul(x, packed, bias, format.name, n, backend, compute)
+        return _matmul(x, packed, *rest)
+    return torch.ops.ctp.matmul(x, packed, *rest)

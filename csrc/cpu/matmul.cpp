@@ -32,7 +32,7 @@ struct Decoder {
   // out[0 .. k1 - k0) = W[row, k0 .. k1), then zeros up to a multiple of W
   int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* spare,
                     float* out);
-  // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W
+  // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W. Where there is no `dots`.
   float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
   // the list of W[row, k0 .. k1): lists.h
   int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, int64_t pitch,
@@ -63,7 +63,7 @@ struct Composed {
   }
 #if defined(__AVX512VBMI2__)
   static constexpr Decoder kDecoder = {decode_row,
-                                       dot_row,
+                                       nullptr,
                                        list_row<Pattern, Values>,
                                        Pattern::start,
                                        reorder_row<Pattern, Values>,

@@ -7,8 +7,7 @@ namespace {
 
 using vf = __m256;
 constexpr int W = 8;
-constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12, kSkipVectors = 6, kSkipFours = 3,
-              kScatterVectors = 4;
+constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12, kSkipVectors = 6, kSkipFours = 3;
 
 inline vf load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }

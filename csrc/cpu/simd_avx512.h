@@ -7,8 +7,7 @@ namespace {
 
 using vf = __m512;
 constexpr int W = 16;
-constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kSkipVectors = 3, kSkipFours = 3,
-              kScatterVectors = 2;
+constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kSkipVectors = 3, kSkipFours = 3;
 
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }

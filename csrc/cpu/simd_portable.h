@@ -6,8 +6,7 @@ namespace {
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 constexpr int W = 8;
-constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32, kSkipVectors = 4, kSkipFours = 1,
-              kScatterVectors = 4;
+constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32, kSkipVectors = 4, kSkipFours = 1;
 
 inline vf load(const float* p) { return peek<vf>(p); }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
