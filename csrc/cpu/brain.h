@@ -11,7 +11,7 @@
 
 namespace {
 
-#if defined(__AVX512VBMI2__)
+#if defined(__AVX512F__)
 
 #define CTP_BRAIN __attribute__((target("avx512bf16")))
 
@@ -29,7 +29,7 @@ inline bool in_brain(const Job& job) {
 // out[0 .. k1 - k0) = W[row, k0 .. k1) rounded to bf16, then zeros up to a multiple of W. As decode().
 template <class Pattern, class Values>
 CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
-                            float* spare, uint16_t* out) {
+                            uint16_t* out) {
   constexpr bool kTable = Values::kGrouped && Values::kWidth <= 4;
   for (int64_t k = k0; k < k1;) {
     const int64_t end = Values::kGrouped ? least(k - (int64_t)((uint32_t)k % (uint32_t)w.group) + w.group, k1) : k1;
@@ -39,7 +39,7 @@ CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1
     using B = Blocks<Pattern, Values>;
     B blocks(w, row, k, slot);
     for (; k + 64 <= end; k += 64, out += 64) {
-      const Held held = blocks.template next<false>(w, ahead);
+      const Held held = blocks.template next<false>(w, grid, grid, ahead);
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         __m512i lanes;
@@ -49,19 +49,18 @@ CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1
         } else if constexpr (Values::kBrain) {
           lanes = held.part[i];
         } else {
-          lanes = (__m512i)_mm512_cvtne2ps_pbh(B::lanes(held, grid, 2 * i + 1), B::lanes(held, grid, 2 * i));
+          lanes = (__m512i)_mm512_cvtne2ps_pbh(B::lanes(w, held, grid, 2 * i + 1), B::lanes(w, held, grid, 2 * i));
         }
         _mm512_storeu_si512(out + 32 * i, lanes);
       }
     }
     slot = blocks.slot;
     if (k == end) continue;
-    float *wide = spare, *unpacked = spare + kBrainDepth + W;
-    Store sink{wide - k};
-    slot = decode<Pattern, Values>(w, row, k, end, slot, ahead, unpacked, sink);
-    for (; k < end; k += W, wide += W, out += W)
-      _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(load(wide)));
-    out -= k - end;
+    alignas(64) float wide[64];  // fewer than 64 inputs are left
+    slot = decode<Pattern, Values>(w, row, k, end, slot, ahead, wide);
+    for (int64_t i = 0; i < end - k; i += W)
+      _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(load(wide + i)));
+    out += end - k;
     k = end;
   }
   return slot;
@@ -125,7 +124,7 @@ void brain_pairs(const uint16_t* first, const uint16_t* second, int64_t count, f
 
 int64_t brain_floats() {
   const int64_t a = kRows * kBrainStride / 2, panel = kBrainDepth / 2 * kBrainWidth;
-  return a + panel + kBrainWidth * kBrainWidth + W * (kBrainDepth + W) + 2 * spare_floats(kBrainDepth);
+  return a + panel + kBrainWidth * kBrainWidth + W * (kBrainDepth + W);
 }
 
 template <class Decoder>
@@ -133,7 +132,7 @@ void brain_part(const Job& job, const Decoder& decoder, const Part& part, float*
   const Weight& w = job.weight;
   uint16_t* a = (uint16_t*)scratch;
   float *panel = scratch + kRows * kBrainStride / 2, *c = panel + kBrainDepth / 2 * kBrainWidth;
-  float *wide = c + kBrainWidth * kBrainWidth, *spare = wide + W * (kBrainDepth + W);
+  float* wide = c + kBrainWidth * kBrainWidth;
   uint16_t *first = (uint16_t*)wide, *second = first + kBrainDepth + kTile;
   Job pairs = job;  // of x, as one 32-bit number each
   pairs.dtype = CTP_FP32;
@@ -150,7 +149,7 @@ void brain_part(const Job& job, const Decoder& decoder, const Part& part, float*
         if (job.transposed) {
           for (int64_t r = 0; r < length; r += 2) {
             for (int64_t i = 0; i < 2; ++i)
-              decoder.brain(w, r0 + r + i, c0, c0 + width, decoder.start(w, r0 + r + i, c0), kRowsAhead * w.k, spare,
+              decoder.brain(w, r0 + r + i, c0, c0 + width, decoder.start(w, r0 + r + i, c0), kRowsAhead * w.k,
                             i ? second : first);
             brain_pairs(first, second, width, panel + r / 2 * kTile);
           }
@@ -168,7 +167,7 @@ void brain_part(const Job& job, const Decoder& decoder, const Part& part, float*
             if (job.transposed)
               memcpy(row, x_at(job, m0 + i + j, r0), sizeof(uint16_t) * (size_t)length);
             else
-              slots[i + j] = decoder.brain(w, c0 + i + j, r0, r0 + length, slots[i + j], kBrainDepth, spare, row);
+              slots[i + j] = decoder.brain(w, c0 + i + j, r0, r0 + length, slots[i + j], kBrainDepth, row);
           }
           brain_strip(a, height, panel, length / 2, columns, c + i * kBrainWidth);
         }
@@ -180,8 +179,13 @@ void brain_part(const Job& job, const Decoder& decoder, const Part& part, float*
     }
 }
 
+template <class Pattern, class Values>
+constexpr auto kBrainRow = brain_row<Pattern, Values>;
+
 #else
 
+template <class Pattern, class Values>
+constexpr decltype(nullptr) kBrainRow = nullptr;
 inline bool in_brain(const Job&) { return false; }
 inline int64_t brain_floats() { return 0; }
 template <class Decoder>

@@ -1,104 +1,77 @@
 // The decoder that composes a pattern with a kind of value.
 #pragma once
 
-#include "patterns.h"
-#if defined(__AVX512VBMI2__)
 #include "blocks.h"
-#endif
 
 namespace {
 
-// One run of inputs k .. end - 1 that share a grid; `later`: the slot of the next chunk to prefetch from meanwhile.
-// Both runs call sink(k, lanes, i) for every W inputs, zeros past `end`; i counts 0..3 within a turn of the loop, so
-// that a sink may keep four sums and hide the latency of an add.
+// One run of inputs k .. end - 1 that share a grid, fewer than 64: out[0 .. end - k), then zeros up to a multiple of W.
 
-template <class Values, class G, class Sink>
-inline void dense_run(const Weight& w, const G& grid, int64_t slot, int64_t k, int64_t end, int64_t ahead, Sink& sink) {
-  for (; k + 4 * W <= end; k += 4 * W, slot += 4 * W) {
-    Values::ahead(w, slot + ahead);
-    sink(k, grid(Values::template raw<W>(w, slot)), 0);
-    sink(k + W, grid(Values::template raw<W>(w, slot + W)), 1);
-    sink(k + 2 * W, grid(Values::template raw<W>(w, slot + 2 * W)), 2);
-    sink(k + 3 * W, grid(Values::template raw<W>(w, slot + 3 * W)), 3);
-  }
-  for (; k + W <= end; k += W, slot += W) sink(k, grid(Values::template raw<W>(w, slot)), 0);
-  if (k < end) {  // a row is stored in whole eights of slots: never read more of them than it has
-    const vf raw = W > 8 && end - k > 8 ? Values::template raw<W>(w, slot) : Values::template raw<8>(w, slot);
-    sink(k, first(grid(raw), (int)(end - k)), 0);
+template <class Values, class G>
+inline void dense_run(const Weight& w, const G& grid, int64_t slot, int64_t count, float* out) {
+  for (; count >= W; count -= W, slot += W, out += W) store(out, grid(Values::template raw<W>(w, slot)));
+  if (count > 0) {  // a row is stored in whole eights of slots: never read more of them than it has
+    const vf raw = W > 8 && count > 8 ? Values::template raw<W>(w, slot) : Values::template raw<8>(w, slot);
+    store(out, first(grid(raw), (int)count));
   }
 }
 
-template <class Values, class G, class Sink>
-inline void sparse_run(const Weight& w, int64_t later, const G& grid, const uint8_t* bytes, const float* next,
-                       int64_t k, int64_t end, Sink& sink) {
-  const auto step = [&](int64_t at, unsigned bits, int i) {
+template <class Values, class G>
+inline void sparse_run(const G& grid, const uint8_t* bytes, const float* next, int64_t count, float* out) {
+  for (; count > 0; count -= W, bytes += W / 8, out += W) {
+    const unsigned bits = W > 8 && count > 8 ? peek<uint16_t>(bytes) : *bytes;  // those past K are zero
     const vf entries = grid(expand(load(next), bits));
-    sink(at, Values::kGrouped ? keep(entries, bits) : entries, i);  // a code of zero is not a value of zero
+    store(out, Values::kGrouped ? keep(entries, bits) : entries);  // a code of zero is not a value of zero
     next += __builtin_popcount(bits);
-  };
-  const auto whole = [&]() -> unsigned {
-    const unsigned bits = W == 16 ? peek<uint16_t>(bytes) : *bytes;
-    bytes += W / 8;
-    return bits;
-  };
-  const float* const begin = next;
-  for (; k + 4 * W <= end; k += 4 * W) {
-    if constexpr (!Values::kGrouped) Values::ahead(w, later + (next - begin));  // codes: few bytes, nothing gained
-    step(k, whole(), 0);
-    step(k + W, whole(), 1);
-    step(k + 2 * W, whole(), 2);
-    step(k + 3 * W, whole(), 3);
   }
-  for (; k + W <= end; k += W) step(k, whole(), 0);
-  if (k < end) step(k, W > 8 && end - k > 8 ? whole() : *bytes, 0);  // bits past K are zero
 }
 
-// The sink that keeps what is decoded: input k at out[k].
-struct Store {
-  float* out;
-  void operator()(int64_t k, vf v, int) const { store(out + k, v); }
-};
+constexpr int64_t kSpare = 64 + 4 * W;  // the entries of a run, those before them in eight, and a vector
 
-// Floats of spare room that decode needs for `inputs` inputs.
-inline int64_t spare_floats(int64_t inputs) { return inputs + 4 * W; }
-
-// Calls sink for inputs k0 .. k1 - 1 of a row (see above) and returns the slot after the last. k0 is a multiple of 8;
-// so is k1, or it is K. `slot` is start(k0). ahead: how many inputs further on to prefetch from: where the caller will
-// go next, some hundred cycles later (a panel that waited for each row took a third more time at 32 rows of x; Zen 4).
-// A sparse pattern unpacks the stored entries of a run into `spare`; where blocks.h has its instructions, only those of
-// the last, partial block.
-template <class Pattern, class Values, class Sink>
-inline int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* spare,
-                      Sink& sink) {
+// out[0 .. k1 - k0) = W[row, k0 .. k1), then zeros up to a multiple of W; returns the slot after the last. k0 is a
+// multiple of 8; so is k1, or it is K. `slot` is start(k0). ahead: how many inputs further on to prefetch from: where
+// the caller will go next, some hundred cycles later (a panel that waited for each row took a third more time at 32
+// rows of x; Zen 4).
+template <class Pattern, class Values>
+int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* out) {
+  using B = Blocks<Pattern, Values>;
   int64_t group = Values::kGrouped ? (uint32_t)k0 / (uint32_t)w.group : 0;
+  B blocks(w, row, k0, slot);
   for (int64_t k = k0; k < k1; ++group) {
     const int64_t end = Values::kGrouped ? least((group + 1) * w.group, k1) : k1;
     const auto grid = Values::grid(w, row, group);
-#if defined(__AVX512VBMI2__)
-    Blocks<Pattern, Values> blocks(w, row, k, slot);
-    for (; k + 64 <= end; k += 64) {
-      const Held held = blocks.template next<false>(w, ahead);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sink(k + 16 * i, blocks.lanes(held, grid, i), i);
+    const auto block = [&](const auto& second) {
+      const Held held = blocks.template next<false>(w, grid, second, ahead);
+#pragma GCC unroll 8
+      for (int i = 0; i < 64 / W; ++i) store(out + W * i, B::lanes(w, held, W * i < 32 ? grid : second, i));
+      k += 64;
+      out += 64;
+    };
+    while (k + 64 <= end) block(grid);
+    if (k == end) continue;
+    if (Values::kGrouped && end - k == 32 && least(end + w.group, k1) >= k + 64) {  // half of the next group
+      block(Values::grid(w, row, group + 1));
+      group += k == end + w.group;
+      continue;
     }
     slot = blocks.slot;
-    if (k == end) continue;
-#endif
+    Values::ahead(w, slot + (Pattern::kSparse ? ahead * w.density >> 8 : ahead));
     if constexpr (Pattern::kSparse) {
+      alignas(64) float spare[kSpare];  // the entries, from a multiple of 8 on; then each goes to its place
       const int64_t past = slot + Pattern::stored(w, row, k, end), from = slot & ~7;
-      int64_t s = from;
-      float* out = spare;
-      for (; s + W <= past; s += W, out += W) store(out, Values::template raw<W>(w, s));
-      for (; s < past; s += 8, out += 8) store(out, Values::template raw<8>(w, s));
-      sparse_run<Values>(w, past, grid, bitmap(w, row, k), spare + (slot - from), k, end, sink);
+      float* entries = spare;
+      for (int64_t s = from; s < past; s += 8, entries += 8) store(entries, Values::template raw<8>(w, s));
+      sparse_run<Values>(grid, bitmap(w, row, k), spare + (slot - from), end - k, out);
       slot = past;
     } else {
-      dense_run<Values>(w, grid, slot, k, end, ahead, sink);
+      dense_run<Values>(w, grid, slot, end - k, out);
       slot += end - k;
     }
+    out += end - k;
     k = end;
+    blocks = B(w, row, k, slot);
   }
-  return slot;
+  return blocks.slot;
 }
 
 }  // namespace

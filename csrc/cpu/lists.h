@@ -35,8 +35,7 @@ inline void append_dense(const float* row, int64_t step, int64_t pitch, List& li
 
 // The list of W[row, k0 .. k1), at most kListMost inputs; as decode() in decode.h.
 template <class Pattern, class Values>
-int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, int64_t pitch,
-                 List& list) {
+int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t pitch, List& list) {
   list.count = 0;
   for (int64_t k = k0; k < k1; k += kSkipDepth) {
     const int64_t group = Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0;
@@ -64,14 +63,13 @@ int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t s
     }
     const int64_t end = least(k + kSkipDepth, k1);
     alignas(64) float dense[kSkipDepth + W];
-    Store sink{dense - k};
-    slot = decode<Pattern, Values>(w, row, k, end, slot, kSkipDepth, spare, sink);
+    slot = decode<Pattern, Values>(w, row, k, end, slot, kSkipDepth, dense);
     for (int64_t i = round_up(end - k, W); i < kSkipDepth; i += W) store(dense + i, zero());
     append_dense(dense, k - k0, pitch, list);
   }
   // The row's next list comes after those of all other rows: nobody else sees that it will be wanted.
   Values::ahead(w, slot);
-  Values::ahead(w, slot + 4 * W);
+  if (W == 16) Values::ahead(w, slot + 64);
   __builtin_prefetch(bitmap(w, row, k1 + 64));
   end_list(list);
   return slot;

@@ -11,69 +11,39 @@
 
 namespace {
 
-constexpr int64_t kRowChunk = 2048;       // inputs: the unpacked entries of a chunk stay in L1
 constexpr int64_t kDepth = 256;           // depth of a panel: kDepth x kTile floats of it stay in L1
 constexpr int64_t kWidth = 256;           // columns of a panel
 constexpr int64_t kFew = 8;               // rows of dy that wait for memory
 constexpr int64_t kBlock = 512;           // rows of dy that share a decoded panel: kBlock x kDepth floats stay in L2
 constexpr int64_t kStride = kDepth + 16;  // floats between rows of A: not a power of two, so that no cache set fills up
 
-// ---- Sinks: what happens to decoded lanes -------------------------------------------------------------------------
-
-struct Dot {
-  const float* x;
-  vf sums[4];
-  void operator()(int64_t k, vf v, int i) { sums[i] = fma(v, load(x + k), sums[i]); }
-};
-
 // ---- The decoders, composed for every pattern and kind of value ---------------------------------------------------
 
 struct Decoder {
   // out[0 .. k1 - k0) = W[row, k0 .. k1), then zeros up to a multiple of W
-  int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* spare,
-                    float* out);
-  // sum over k of W[row, k] x[k]; x is padded with zeros to a multiple of W. Where there is no `dots`.
-  float (*dot)(const Weight&, int64_t row, const float* x, float* spare);
+  int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* out);
   // the list of W[row, k0 .. k1): lists.h
-  int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, float* spare, int64_t pitch,
-                  List& list);
+  int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t pitch, List& list);
   Start start;
-  // dots.h, where it has its instructions: for 1, 2 and 4 rows of x
+  // dots.h: where it can, for 1, 2 and 4 rows of x
+  bool (*in_blocks)(const Weight&);
   void (*reorder)(const Weight&, float* x, int64_t count);
   Dots dots[3];
-  // brain.h, likewise
-  int64_t (*brain)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* spare,
-                   uint16_t* out);
+  // brain.h, where it has its instructions
+  int64_t (*brain)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint16_t* out);
   Codes codes;
 };
 
 template <class Pattern, class Values>
 struct Composed {
-  static int64_t decode_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
-                            float* spare, float* out) {
-    Store sink{out - k0};
-    return decode<Pattern, Values>(w, row, k0, k1, slot, ahead, spare, sink);
-  }
-  static float dot_row(const Weight& w, int64_t row, const float* x, float* spare) {
-    Dot sink{x, {zero(), zero(), zero(), zero()}};
-    int64_t slot = Pattern::start(w, row, 0);
-    for (int64_t k = 0; k < w.k; k += kRowChunk)
-      slot = decode<Pattern, Values>(w, row, k, least(k + kRowChunk, w.k), slot, kAhead, spare, sink);
-    return sum(add(add(sink.sums[0], sink.sums[1]), add(sink.sums[2], sink.sums[3])));
-  }
-#if defined(__AVX512VBMI2__)
-  static constexpr Decoder kDecoder = {decode_row,
-                                       nullptr,
+  static constexpr Decoder kDecoder = {decode<Pattern, Values>,
                                        list_row<Pattern, Values>,
                                        Pattern::start,
+                                       in_blocks<Values>,
                                        reorder_row<Pattern, Values>,
                                        {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>},
-                                       brain_row<Pattern, Values>,
+                                       kBrainRow<Pattern, Values>,
                                        codes_of<Pattern, Values>()};
-#else
-  static constexpr Decoder kDecoder = {decode_row, dot_row, list_row<Pattern, Values>,  Pattern::start, nullptr,
-                                       {},         nullptr, codes_of<Pattern, Values>()};
-#endif
 };
 
 template <class Pattern>
@@ -141,7 +111,7 @@ void dot_tile(const float* x, int64_t ldx, const float* w, int64_t length, float
 inline int64_t padded_inputs(const Weight& w) { return round_up(w.k, W) + W; }
 
 int64_t dot_floats(const Job& job) {
-  return (job.m + 3) * (padded_inputs(job.weight) + kDotGroup * W) + 4 * kDotStride + spare_floats(kRowChunk);
+  return (job.m + 3) * (padded_inputs(job.weight) + kDotGroup * W) + 4 * kDotStride;
 }
 
 // Rows of W, four at a time, are decoded in registers where dots.h can, as often as four rows of x want them; or once,
@@ -150,14 +120,14 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
   const Weight& w = job.weight;
   // Up to three rows of x more than there are: a register tile computes them, and nobody reads the sums.
   const int64_t padded = padded_inputs(w), ms = job.m + 3;
-  float *x = scratch, *sums = x + ms * padded, *rows = sums + ms * kDotGroup * W, *spare = rows + 4 * kDotStride;
-  const bool in_registers = decoder.reorder && job.m <= (w.pattern == CTP_DENSE && w.values == CTP_INT4 ? 24 : 8);
-  const bool one_row = !decoder.reorder && job.m == 1;
+  float *x = scratch, *sums = x + ms * padded, *rows = sums + ms * kDotGroup * W;
+  const bool codes = w.values >= CTP_INT8, dense = w.pattern == CTP_DENSE;
+  const bool in_registers = decoder.in_blocks(w) && job.m <= (W == 16 && dense && w.values == CTP_INT4 ? 24
+                                                              : W == 8 && codes && !dense              ? 4
+                                                                                                       : 8);
   // Inputs of a chunk: what L1 holds of the rows of x that meet rows of W there, and a whole number of blocks.
-  const int64_t chunk = least(one_row        ? padded
-                              : in_registers ? kDotInputs / least(job.m, 4) & ~63
-                                             : least((kDotInputs / job.m & ~63) + 128, kDotChunk),
-                              padded);
+  const int64_t chunk = least(
+      in_registers ? kDotInputs / least(job.m, 4) & ~63 : least((kDotInputs / job.m & ~63) + 128, kDotChunk), padded);
   for (int64_t k = 0; k < w.k; k += chunk) {  // a chunk of x lies in one piece, so that L1 holds it
     const int64_t length = least(chunk, padded - k), there = least(length, w.k - k);
     float* row = x + k * ms;
@@ -172,8 +142,8 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
     int64_t slots[kDotGroup], begin[kDotGroup];
     for (int64_t r = 0; r < round_up(count, 4); ++r) slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
     memset(sums, 0, sizeof(float) * (size_t)(ms * kDotGroup * W));
-    for (int64_t k = 0; k < w.k && !one_row; k += chunk) {
-      const Span span = {k, least(k + chunk, w.k), x + k * ms, least(chunk, padded - k), spare};
+    for (int64_t k = 0; k < w.k; k += chunk) {
+      const Span span = {k, least(k + chunk, w.k), x + k * ms, least(chunk, padded - k)};
       // Inputs from four rows of W to those that come next: the next rows, or the first with the next chunk.
       const auto ahead = [&](int64_t r) { return r + 4 < count || span.k1 == w.k ? 4 * w.k : chunk - r * w.k; };
       if (in_registers) {
@@ -191,7 +161,7 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
         for (int64_t i = 0; i < 4; ++i) {
           float* out = rows + i * kDotStride;
           memset(out + (span.k1 - k) / W * W, 0, sizeof(float) * W);
-          slots[r + i] = decoder.decode(w, least(n0 + r + i, w.n - 1), k, span.k1, slots[r + i], ahead(r), spare, out);
+          slots[r + i] = decoder.decode(w, least(n0 + r + i, w.n - 1), k, span.k1, slots[r + i], ahead(r), out);
         }
         const int64_t length = round_up(span.k1 - k, W);
         int64_t m = 0;
@@ -203,8 +173,7 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
     }
     for (int64_t i = 0; i < job.m; ++i) {
       float out[kDotGroup];
-      for (int r = 0; r < count; ++r)
-        out[r] = one_row ? decoder.dot(w, n0 + r, x, spare) : sum(load(sums + (i * kDotGroup + r) * W));
+      for (int r = 0; r < count; ++r) out[r] = sum(load(sums + (i * kDotGroup + r) * W));
       write_row(job, i, n0, count, out);
     }
   }
@@ -251,14 +220,12 @@ PanelTile panel_tile_of(int64_t rows) {
 
 // Forward. The panel is of x transposed, panel[t][k][row of x], and W is decoded as it lies, a few rows at a time. C is
 // y transposed.
-int64_t forward_floats() {
-  return kRows * kStride + kDepth * kWidth + kWidth * kWidth + W * kStride + spare_floats(kDepth);
-}
+int64_t forward_floats() { return kRows * kStride + kDepth * kWidth + kWidth * kWidth + W * kStride; }
 
 void forward_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   float *a = scratch, *panel = a + kRows * kStride, *c = panel + kDepth * kWidth;
-  float *rows = c + kWidth * kWidth, *spare = rows + W * kStride;
+  float* rows = c + kWidth * kWidth;
   for (int64_t m0 = part.row0; m0 < part.row1; m0 += kWidth)
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += kWidth) {
       const int64_t m = least(part.row1 - m0, kWidth), width = least(part.column1 - c0, kWidth);
@@ -272,7 +239,7 @@ void forward_part(const Job& job, const Decoder& decoder, const Part& part, floa
         for (int64_t s = 0; s < strips; ++s) {  // of nearly equal height: 16 rows are 8 + 8, not 12 + 4
           const int64_t n = width * s / strips, height = width * (s + 1) / strips - n;
           for (int64_t i = 0; i < height; ++i)
-            slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, spare, a + i * kStride);
+            slots[n + i] = decoder.decode(w, c0 + n + i, r0, r0 + length, slots[n + i], kDepth, a + i * kStride);
           for (int64_t t = 0; t < m; t += kTile)
             panel_tile_of<kRows>(height)(a, panel + t * kDepth, kTile, length, c + n * kWidth + t, kWidth);
         }
@@ -290,13 +257,13 @@ struct Backward {
         width(job.m <= kFew ? 4 * kWidth : kWidth),
         depth(kDepth * kWidth / width),
         stride(width + 16) {}
-  int64_t floats() const { return block * (kStride + width) + depth * stride + spare_floats(width); }
+  int64_t floats() const { return block * (kStride + width) + depth * stride; }
 };
 
 void backward_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   const Backward b(job, part.row1 - part.row0);
-  float *a = scratch, *panel = a + b.block * kStride, *c = panel + b.depth * b.stride, *spare = c + b.block * b.width;
+  float *a = scratch, *panel = a + b.block * kStride, *c = panel + b.depth * b.stride;
   for (int64_t m0 = part.row0; m0 < part.row1; m0 += kBlock)
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += b.width) {
       const int64_t m = least(part.row1 - m0, kBlock), width = least(part.column1 - c0, b.width);
@@ -305,7 +272,7 @@ void backward_part(const Job& job, const Decoder& decoder, const Part& part, flo
       for (int64_t r0 = 0; r0 < w.n; r0 += b.depth) {
         const int64_t length = least(w.n - r0, b.depth);
         for (int64_t r = 0; r < length; ++r)
-          decoder.decode(w, r0 + r, c0, c0 + width, decoder.start(w, r0 + r, c0), kRowsAhead * w.k, spare,
+          decoder.decode(w, r0 + r, c0, c0 + width, decoder.start(w, r0 + r, c0), kRowsAhead * w.k,
                          panel + r * b.stride);
         for (int64_t i = 0; i < m; ++i) read_row(x_at(job, m0 + i, r0), job.dtype, length, a + i * kStride);
         for (int64_t t = 0; t < width; t += step)

@@ -27,7 +27,14 @@
 //   nibbles(p)                               4 W half bytes, one a byte, low ones first
 //   load_bytes(p) repeat4(p)                 4 W bytes; 4 bytes, W times
 //   dot4<B>(sums, codes, x)                  lane i += the products of bytes 4 i .. 4 i + 3: B-bit codes by signed x
-//   expand_bytes(bytes, bits)                byte i takes the next byte where bit i is set, and anything where it is not
+//   expand_bytes(bytes, bits)                byte i takes the next byte where bit i is set, zero where it is not
+//   widen_bytes(p) widen_words(p)            W of them, each in 32 bits                (these five in eight lanes only)
+//   expand32(p, bits, other)                 byte i takes the next of p where bit i is set, that of `other` where it is
+//                                            not; reads p[0 .. 48)
+//   expand64_fours(bytes, bits, other, out)  the same for 64 bits, four of every eight set, from the bytes of a vector;
+//                                            other[0] for the first half, other[1] for the second
+//   expand16(p, bits, in_first)              the same for 16-bit entries and zeros; in_first: set among the first eight
+//                                            bits; reads p[0 .. 16)
 //   transpose4(src, lds, dst, ldd)           4 columns of W rows: dst[j * ldd + i] = src[i * lds + j]
 // clang-format on
 #pragma once

@@ -7,9 +7,15 @@ namespace {
 
 using vf = __m256;
 constexpr int W = 8;
-constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12, kSkipVectors = 6, kSkipFours = 3;
+constexpr int kRows = 6, kVectors = 2, kDotRows = 2, kDotLimit = 12, kDotSums = 4, kDotMost = 8, kSkipVectors = 6,
+              kSkipFours = 3;
 
 inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline vf held_load(const float* p) {
+  vf v = load(p);
+  asm("" : "+x"(v));
+  return v;
+}
 inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 inline vf zero() { return _mm256_setzero_ps(); }
 inline vf set1(float v) { return _mm256_set1_ps(v); }
@@ -44,14 +50,15 @@ inline vf keep(vf v, unsigned bits) {
   return _mm256_and_ps(v, as_float(_mm256_cmpeq_epi32(set, bit)));
 }
 
-// For every byte of a bitmap, which stored entry each lane takes: a lane's rank among the set bits.
+// For every byte of a bitmap, which stored entry each lane takes: a lane's rank among the set bits; the high bit set
+// where it takes none.
 struct Ranks {
   uint64_t of[256];
   constexpr Ranks() : of() {
     for (unsigned bits = 0; bits < 256; ++bits) {
       uint64_t rank = 0;
       for (int lane = 0; lane < 8; ++lane) {
-        of[bits] |= rank << (8 * lane);
+        of[bits] |= (bits >> lane & 1 ? rank : 0x80) << (8 * lane);
         rank += bits >> lane & 1;
       }
     }
@@ -146,7 +153,9 @@ inline vf codes3(const uint8_t* low, const uint8_t* high) {
 template <int B>
 struct Grid {
   vf scale, zero;
-  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)) {}
+  int pruned;
+  Grid() = default;
+  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)), pruned((int)zero) {}
   vf operator()(vf codes) const {
     return _mm256_mul_ps(scale, _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(codes)), zero));
   }
@@ -168,6 +177,8 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
 
 typedef int32_t vi __attribute__((vector_size(32)));  // not __m256i: GCC keeps an array of those in memory
 inline vi no_sums() { return vi{}; }
+inline vi widen_bytes(const void* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline vi widen_words(const void* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline vi load_bytes(const void* p) { return (vi)_mm256_loadu_si256((const __m256i*)p); }
 inline vi repeat4(const void* p) { return (vi)_mm256_set1_epi32(peek<int32_t>(p)); }
 template <int kBits>
@@ -188,6 +199,58 @@ inline vf to_float(vi v) { return _mm256_cvtepi32_ps((__m256i)v); }
 inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {
   const __m128i ranks = _mm_loadl_epi64((const __m128i*)(kRanks.of + bits));
   return (uint64_t)_mm_cvtsi128_si64(_mm_shuffle_epi8(_mm_cvtsi64_si128((int64_t)bytes), ranks));
+}
+
+inline __m128i ranks8(unsigned bits) { return _mm_loadl_epi64((const __m128i*)(kRanks.of + bits)); }
+
+inline vi expand32(const void* p, uint32_t bits, vi other) {  // pshufb leaves a zero: x ^ other is that of `other`
+  const char* next = (const char*)p;
+  __m128i eight[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const unsigned here = bits >> 8 * i & 0xff;
+    const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i*)next), _mm256_castsi256_si128((__m256i)other));
+    eight[i] = _mm_shuffle_epi8(bytes, ranks8(here));
+    next += __builtin_popcount(here);
+  }
+  return other ^ (vi)_mm256_set_m128i(_mm_unpacklo_epi64(eight[2], eight[3]), _mm_unpacklo_epi64(eight[0], eight[1]));
+}
+
+inline void expand64_fours(vi bytes, uint64_t bits, const vi* other, vi* out) {
+  const __m256i flip = _mm256_permute2x128_si256((__m256i)other[0], (__m256i)other[1], 0x20);
+  const __m256i codes = _mm256_xor_si256((__m256i)bytes, flip);
+  __m256i half[2];  // inputs 16 i + 0 .. 15 and 32 + 16 i + 0 .. 15: from eight bytes of the low and the high 128 bits
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const uint64_t here = bits >> 16 * i;
+    const __m128i low = _mm_unpacklo_epi64(ranks8(here & 0xff), ranks8(here >> 8 & 0xff));
+    const __m128i high = _mm_unpacklo_epi64(ranks8(here >> 32 & 0xff), ranks8(here >> 40 & 0xff));
+    const int64_t first = i * 0x0808080808080808, second = first + 0x0404040404040404;
+    const __m256i ranks =
+        _mm256_add_epi8(_mm256_set_m128i(high, low), _mm256_setr_epi64x(first, second, first, second));
+    half[i] = _mm256_shuffle_epi8(codes, ranks);
+  }
+  out[0] = other[0] ^ (vi)_mm256_permute2x128_si256(half[0], half[1], 0x20);
+  out[1] = other[1] ^ (vi)_mm256_permute2x128_si256(half[0], half[1], 0x31);
+}
+
+// kRanks for entries of two bytes.
+struct WordRanks {
+  alignas(16) uint8_t of[256][16];
+  constexpr WordRanks() : of() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int byte = 0; byte < 16; ++byte) {
+        const int rank = (int)(kRanks.of[bits] >> (byte / 2 * 8) & 0xff);
+        of[bits][byte] = (uint8_t)(rank & 0x80 ? 0x80 : 2 * rank + byte % 2);
+      }
+  }
+};
+constexpr WordRanks kWordRanks;
+inline vi expand16(const void* p, unsigned bits, int in_first) {
+  const __m128i a = _mm_loadu_si128((const __m128i*)p);
+  const __m128i b = _mm_loadu_si128((const __m128i*)((const uint16_t*)p + in_first));
+  return (vi)_mm256_set_m128i(_mm_shuffle_epi8(b, _mm_load_si128((const __m128i*)kWordRanks.of[bits >> 8])),
+                              _mm_shuffle_epi8(a, _mm_load_si128((const __m128i*)kWordRanks.of[bits & 0xff])));
 }
 
 }  // namespace

@@ -7,9 +7,11 @@ namespace {
 
 using vf = __m512;
 constexpr int W = 16;
-constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kSkipVectors = 3, kSkipFours = 3;
+constexpr int kRows = 12, kVectors = 2, kDotRows = 4, kDotLimit = 24, kDotSums = 8, kDotMost = 16, kSkipVectors = 3,
+              kSkipFours = 3;
 
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+inline vf held_load(const float* p) { return load(p); }
 inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 inline vf zero() { return _mm512_setzero_ps(); }
 inline vf set1(float v) { return _mm512_set1_ps(v); }

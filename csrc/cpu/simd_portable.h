@@ -6,9 +6,11 @@ namespace {
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 constexpr int W = 8;
-constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32, kSkipVectors = 4, kSkipFours = 1;
+constexpr int kRows = 4, kVectors = 1, kDotRows = 1, kDotLimit = 32, kDotSums = 4, kDotMost = 4, kSkipVectors = 4,
+              kSkipFours = 1;
 
 inline vf load(const float* p) { return peek<vf>(p); }
+inline vf held_load(const float* p) { return load(p); }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 inline vf zero() { return vf{}; }
 inline vf set1(float v) { return vf{v, v, v, v, v, v, v, v}; }
@@ -79,6 +81,14 @@ inline uint16_t to_half(float v) {
   return sign | (uint16_t)((bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13);
 }
 
+typedef uint8_t EightBytes __attribute__((vector_size(8)));
+typedef uint16_t EightWords __attribute__((vector_size(16)));
+inline vi widen_words(const void* p) { return __builtin_convertvector(peek<EightWords>(p), vi); }
+inline vi widen_bytes(const void* p) {
+  const EightWords words = __builtin_convertvector(peek<EightBytes>(p), EightWords);
+  return widen_words(&words);
+}
+
 template <int S>
 inline vf from_fp32(const float* p) {
   return load(p);
@@ -86,14 +96,12 @@ inline vf from_fp32(const float* p) {
 template <int S>
 inline vf from_fp16(const uint16_t* p) {
   vf v;
-  for (int i = 0; i < 8; ++i) v[i] = half(p[i]);
+  for (int i = 0; i < 8; ++i) v[i] = half(peek<uint16_t>(p + i));
   return v;
 }
 template <int S>
 inline vf from_bf16(const uint16_t* p) {
-  vi v;
-  for (int i = 0; i < 8; ++i) v[i] = (int32_t)((uint32_t)p[i] << 16);
-  return as_float(v);
+  return as_float(widen_words(p) << 16);
 }
 inline void to_fp16(uint16_t* p, vf v) {
   for (int i = 0; i < 8; ++i) p[i] = to_half(v[i]);
@@ -108,7 +116,7 @@ inline void to_bf16(uint16_t* p, vf v) {
 
 template <int S>
 inline vf codes8(const uint8_t* p) {
-  return as_float(vi{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]});
+  return as_float(widen_bytes(p));
 }
 template <int S>
 inline vf codes4(const uint8_t* p) {
@@ -132,7 +140,9 @@ inline vf codes3(const uint8_t* low, const uint8_t* high) {
 template <int B>
 struct Grid {
   vf scale, zero;
-  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)) {}
+  int pruned;
+  Grid() = default;
+  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)), pruned((int)zero) {}
   vf operator()(vf codes) const { return scale * (__builtin_convertvector((vi)codes, vf) - zero); }
 };
 
@@ -168,6 +178,23 @@ inline uint64_t expand_bytes(uint64_t bytes, unsigned bits) {
       bytes >>= 8;
     }
   return out;
+}
+inline vi expand32(const void* p, uint32_t bits, vi other) {
+  const uint8_t* next = (const uint8_t*)p;
+  uint8_t out[32];
+  memcpy(out, &other, sizeof out);
+  for (; bits; bits &= bits - 1) out[__builtin_ctz(bits)] = *next++;
+  return peek<vi>(out);
+}
+inline void expand64_fours(vi bytes, uint64_t bits, const vi* other, vi* out) {
+  out[0] = expand32(&bytes, (uint32_t)bits, other[0]);
+  out[1] = expand32((const char*)&bytes + 16, (uint32_t)(bits >> 32), other[1]);
+}
+inline vi expand16(const void* p, unsigned bits, int) {
+  const uint16_t* next = (const uint16_t*)p;
+  uint16_t out[16] = {};
+  for (; bits; bits &= bits - 1) out[__builtin_ctz(bits)] = *next++;
+  return peek<vi>(out);
 }
 
 }  // namespace

@@ -86,20 +86,19 @@ struct Slices {
 int64_t skip_floats(int64_t rows) {
   const int64_t block = round_up(least(rows, kSkipBlock), W);
   return kSkipFloats + kSkipWidth * block + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost) +
-         kSkipColumn * kSkipStride + kSkipWidth * (kSkipColumn + W) + W * kSkipWide + spare_floats(kListMost);
+         kSkipColumn * kSkipStride + kSkipWidth * (kSkipColumn + W) + W * kSkipWide;
 }
 
 // Memory of a thread.
 struct Skip {
-  float *slice, *c, *lists, *rows, *columns, *wide, *spare;
+  float *slice, *c, *lists, *rows, *columns, *wide;
   Skip(float* scratch, int64_t block)
       : slice(scratch),
         c(slice + kSkipFloats),
         lists(c + kSkipWidth * block),
         rows(lists + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost)),
         columns(rows + kSkipColumn * kSkipStride),
-        wide(columns + kSkipWidth * (kSkipColumn + W)),
-        spare(wide + W * kSkipWide) {}
+        wide(columns + kSkipWidth * (kSkipColumn + W)) {}
 };
 
 // Lists of columns k0 .. k0 + width - 1 of W, rows n0 .. n0 + depth - 1
@@ -109,7 +108,7 @@ void list_columns(const Weight& w, const Decoder& decoder, int64_t n0, int64_t d
   const int64_t there = round_up(depth, kSkipDepth), stride = kSkipColumn + W;
   for (int64_t r = 0; r < there; ++r)
     if (r < depth)
-      decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k, memory.spare,
+      decoder.decode(w, n0 + r, k0, k0 + width, decoder.start(w, n0 + r, k0), kRowsAhead * w.k,
                      memory.rows + r * kSkipStride);
     else
       memset(memory.rows + r * kSkipStride, 0, sizeof(float) * kSkipStride);
@@ -146,7 +145,7 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
       for (int64_t r0 = 0; r0 < depth; r0 += slices.steps) {
         const int64_t length = least(depth - r0, slices.steps);
         const auto list = [&](int64_t i) {
-          slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], memory.spare, slices.pitch, lists[i]);
+          slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], slices.pitch, lists[i]);
         };
         if (job.transposed)
           list_columns(w, decoder, r0, length, c0, width, slices.pitch, memory, lists);

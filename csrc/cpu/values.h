@@ -1,7 +1,7 @@
 // How stored entries are written (ctp_kernels/values.py draws the bits): one policy for each kind of value.
 //
 //   raw<S>(weight, slot)     S entries from `slot` (a multiple of 8), S = 8 or W, one a lane; nothing beyond is read
-//   ahead(weight, slot)      prefetches 4 W entries
+//   ahead(weight, slot)      prefetches 64 entries
 //   grid(weight, row, group) a functor from raw lanes to their fp32 values in that group
 #pragma once
 
@@ -16,13 +16,13 @@ struct Identity {
   vf operator()(vf v) const { return v; }
 };
 
-// Asks for the bytes of the 4 W entries of kBits bits from `slot`, which may lie past the end. The processor's own
+// Asks for the bytes of the 64 entries of kBits bits from `slot`, which may lie past the end. The processor's own
 // prefetch stops at every page and does not see past a loop that waits for arithmetic. Into L2: L1 waits for no more
 // than 24 lines at a time, which is half the speed of memory (Zen 4).
 template <int kBits>
 inline void prefetch(const void* stored, int64_t slot) {
   const char* p = (const char*)stored + (slot * kBits >> 3);
-  for (int i = 0; i < 4 * W * kBits / 8; i += 64) __builtin_prefetch(p + i, 0, 2);
+  for (int i = 0; i < 8 * kBits; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <int kValues>
