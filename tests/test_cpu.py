@@ -19,7 +19,7 @@ from .helpers import weight_for
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
 GROUPED = [name for name, format in FORMATS.items() if format.quantized]
-NAMES = [*FORMATS, *(name + suffix for name in GROUPED for suffix in ("-g64-asym", "-row", "-g24"))]
+NAMES = [*FORMATS, *(name + suffix for name in GROUPED for suffix in ("-g64-asym", "-row", "-g32", "-g24"))]
 #: Every pattern, and every way a value is read; for the tests that do not need the whole product.
 SOME = [
     "int4",
@@ -48,6 +48,8 @@ HAZARDS = {
     "blocks_m4": (3, (6, 1160)),
     "blocks_m8": (7, (5, 712)),
     "blocks_panel": (40, (7, 712)),
+    "digits": (1, (7, 1032)),
+    "digits_in_chunks": (1, (5, 4360)),
 }
 
 
@@ -176,15 +178,52 @@ def test_skipped_zeros_hide_nothing(bad: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_hot_rows_return_the_decoded_weight(name: str) -> None:
-    n, k = 35, 172
+    n, k = 35, 264
     packed, weight = packed_weight(name, (n, k))
     for dtype in DTYPES.values():
         x, dy, rounded = torch.eye(k, dtype=dtype), torch.eye(n, dtype=dtype), weight.float().to(dtype)
         for isa in isas():
-            for rows in (slice(None), slice(k - 1, k), slice(20, 23)):
+            for rows in (slice(None), slice(k - 1, k), slice(20, 21), slice(20, 23), slice(200, 201)):
                 y = cpu.matmul(x[rows], packed.tensors, packed.format, n, None)
                 assert torch.equal(y, rounded.T[rows]), f"forward {dtype} {isa}"
             assert torch.equal(cpu.matmul_t(dy, packed.tensors, packed.format, k), rounded), f"dX {dtype} {isa}"
+
+
+def one_row(kind: str, k: int) -> torch.Tensor:
+    """A row of x that is hard to keep in integers of one scale per 128 inputs."""
+    x = random(1, k, dtype=torch.float32)
+    every = torch.arange(k) % 128 == 77
+    factors = {"outliers": 1e3, "extreme": 1e6, "alone": 1.0, "denormal": 1e-39, "tiny": 1e-25, "huge": 1e33}
+    if kind == "alone":
+        return torch.where(every, x, torch.zeros(()))
+    if kind == "spread":
+        return x * torch.exp(4 * random(1, k + 1, dtype=torch.float32)[:, :k])
+    return torch.where(every, x * factors[kind], x) if kind in ("outliers", "extreme") else x * factors[kind]
+
+
+@pytest.mark.parametrize("kind", ["outliers", "extreme", "alone", "spread", "denormal", "tiny", "huge"])
+@pytest.mark.parametrize("name", [name + suffix for name in GROUPED for suffix in ("", "-g32")])
+def test_one_row_of_any_range(name: str, kind: str) -> None:
+    """Also where the weights of the largest inputs are zero, so that only the small ones count."""
+    n, k = 24, 1032
+    weight = weight_for(parse_format(name), n, k)
+    for empty in (False, True):
+        packed = pack(torch.where(torch.arange(k) % 128 == 77, 0, weight) if empty else weight, name)
+        x = one_row(kind, k)
+        bound = Bound(x, packed.unpack(torch.float32).double().T, None, 2)
+        for isa in isas():
+            bound.check(cpu.matmul(x, packed.tensors, packed.format, n, None), f"{kind} {empty} {isa}")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_row_that_is_no_number(bad: float) -> None:
+    n, k = 24, 1024
+    packed, weight = packed_weight("int4", (n, k))
+    x = random(1, k, dtype=torch.float32)
+    x[0, 300] = bad
+    for isa in isas():
+        y = cpu.matmul(x, packed.tensors, packed.format, n, None)
+        assert torch.equal(y.isnan(), (x @ weight.T.float()).isnan()), isa
 
 
 @pytest.mark.parametrize("m", [1, 5, 12])

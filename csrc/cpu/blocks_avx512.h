@@ -58,6 +58,11 @@ template <int kBits, int kStored>
 inline __m512i codes64(const Weight& w, int64_t slot) {
   const uint8_t* low = (const uint8_t*)w.stored;
   if constexpr (kBits == 8) return bytes_at<kStored>(low + slot, w.stored_bytes - slot);
+  if constexpr (kBits == 4 && kStored == 32) {  // in half a vector, one byte into two
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(low + (slot >> 1))));
+    const __m256i twice = _mm256_or_si256(words, _mm256_slli_epi16(words, 4));
+    return _mm512_zextsi256_si512(_mm256_and_si256(twice, _mm256_set1_epi8(15)));
+  }
   if constexpr (kBits == 4 || kBits == 2) return plane_codes<kBits, kStored>(low, slot, w.stored_bytes);
   const __m512i pairs = plane_codes<2, kStored>(low, slot, w.stored_bytes);
   const uint8_t* high = (const uint8_t*)w.stored_hi;
@@ -151,7 +156,8 @@ struct Blocks {
   Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot)
       : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {}
 
-  template <bool kStrided>
+  // kOther: the code where there is no entry; bit 4, for a look-up in a table with zeros, or one that means zero
+  template <bool kStrided, int kOther = 16>
   Held next(const Weight& w, const G&, const G&, int64_t ahead) {
     Held held;
     held.mask = ~0ull;
@@ -166,8 +172,8 @@ struct Blocks {
       held.part[0] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)fours));
     } else if constexpr (Values::kGrouped) {
       held.part[0] = codes64<Values::kWidth, Pattern::kBlockStored>(w, slot);
-      if constexpr (Pattern::kSparse)  // bit 4: no entry
-        held.part[0] = _mm512_mask_expand_epi8(_mm512_set1_epi8(16), held.mask, held.part[0]);
+      if constexpr (Pattern::kSparse)
+        held.part[0] = _mm512_mask_expand_epi8(_mm512_set1_epi8((char)kOther), held.mask, held.part[0]);
     } else {
       constexpr int kSize = Values::kWidth / 8, kEach = 64 / kSize;
       int64_t at = slot;

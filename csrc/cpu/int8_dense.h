@@ -26,7 +26,7 @@ inline bool in_fields(const Weight& w, const Quantized& x) {
 template <int kBits>
 inline void block_codes(const Weight& w, int64_t slot, vi* codes) {
   using F = Fields<kBits>;
-  const vi low = load_bytes((const uint8_t*)w.stored + slot / F::kFields);
+  const vi low = load_bytes((const uint8_t*)w.stored + (slot * F::kWidth >> 3));
   const vi mask = no_sums() + (int32_t)(((1u << F::kWidth) - 1) * 0x01010101u);
   if constexpr (kBits == 8) {
     codes[0] = low;

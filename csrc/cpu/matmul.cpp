@@ -6,6 +6,7 @@
 // runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
 #include "brain.h"
+#include "digits.h"
 #include "int8.h"
 #include "skip.h"
 
@@ -32,6 +33,7 @@ struct Decoder {
   // brain.h, where it has its instructions
   int64_t (*brain)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint16_t* out);
   Codes codes;
+  DigitDots digits;
 };
 
 template <class Pattern, class Values>
@@ -43,7 +45,8 @@ struct Composed {
                                        reorder_row<Pattern, Values>,
                                        {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>},
                                        kBrainRow<Pattern, Values>,
-                                       codes_of<Pattern, Values>()};
+                                       codes_of<Pattern, Values>(),
+                                       digits_by<Pattern, Values>()};
 };
 
 template <class Pattern>
@@ -298,6 +301,7 @@ int run(const Job& job, int threads) {
   const Decoder& decoder = decoder_of(w);
   if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder.codes, decoder.start, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
+  if (run_digits(job, decoder, threads)) return CTP_OK;
   const bool brain = in_brain(job), skip = !brain && skips(job) && all_finite(job, threads);
   const bool dot = !brain && !skip && !job.transposed && job.m <= kDotLimit;
   const auto kernel = brain            ? brain_part<Decoder>

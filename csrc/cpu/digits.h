@@ -1,0 +1,270 @@
+// One row of x by codes of W, as exact as fp32, in integers (AVX-512 VNNI).
+//
+// Over a segment of inputs (int8_codes.h) x becomes s times an integer of 31 bits, s a power of two, and that is four
+// signed digits of eight bits. Sums of digits times codes are exact, and take half the time of decoding codes to fp32.
+// What x loses lies 2^-31 below the largest of its segment: less than a sum in fp32 rounds away, unless nearly all
+// inputs are much smaller than that one. set_digits() then says no.
+#pragma once
+
+#include "int8_dense.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kDigitInputs = 4096;  // of a chunk: their digits stay in L1
+constexpr int64_t kDigitRows = 16;      // rows of W that meet them there
+
+// A row of x, in blocks of `fields` vectors of codes (int8_dense.h; where W has zeros, one vector of codes in order).
+struct Digits {
+  int fields;
+  int64_t segment, unit, units;  // inputs of a segment; of what shares sums, a block or a segment; how many in K
+  int8_t* digits;                // four vectors for each vector of codes, the digit that counts most first
+  int32_t* zeros;                // two vectors for each unit: what codes for zero would add to the first and last two
+  float* scales;                 // s 2^16 of each segment
+  float* x;                      // fp32; zeros past K
+  int64_t block() const { return 4 * W * fields; }
+};
+
+Digits digits_of(const Weight& w) {
+  const int64_t segment = segment_of(w);
+  const int fields = w.pattern == CTP_DENSE ? fields_of(w.values) : 1;
+  const int64_t unit = 4 * W * fields > segment ? 4 * W * fields : segment;
+  return {fields, segment, unit, w.k / unit, nullptr, nullptr, nullptr, nullptr};
+}
+
+inline vi iota() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+// Whether digits serve this product: one row of x, few inputs past the last unit, and lanes of sums that each lie in
+// one segment.
+inline bool in_digits(const Job& job) {
+  const Weight& w = job.weight;
+  if (job.m != 1 || job.transposed || w.values < CTP_INT8 || !w.symmetric) return false;
+  const Digits x = digits_of(w);
+  return 16 * (w.k - x.units * x.unit) <= w.k && x.segment >= W && x.segment >= 4 * x.fields;
+}
+
+// The integers of a segment, in place, and its scale; false where its inputs had better stay in fp32.
+bool set_integers(float* x, int64_t segment, float* scale) {
+  vf top = zero();
+  for (int64_t k = 0; k < segment; k += W) top = _mm512_max_ps(_mm512_abs_ps(load(x + k)), top);
+  const float largest = _mm512_reduce_max_ps(top);
+  int other = 0, large = 0;
+  for (int64_t k = 0; k < segment; k += W) {
+    const vf magnitude = _mm512_abs_ps(load(x + k));
+    if (_mm512_cmp_ps_mask(magnitude, set1(0x1p100f), _CMP_NLE_UQ)) return false;  // or not a number
+    other += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, zero(), _CMP_NEQ_UQ));
+    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(largest * 0x1p-10f), _CMP_GE_OQ));
+  }
+  if (other && (other > 8 * large || largest < 0x1p-80f)) return false;
+  const int exponent = other ? (peek<int32_t>(&largest) >> 23) - 126 : 0;  // largest < 2^exponent
+  const int32_t up = (127 + 30 - exponent) << 23, down = (127 - 14 + exponent) << 23;
+  *scale = peek<float>(&down);
+  for (int64_t k = 0; k < segment; k += W)
+    _mm512_storeu_si512(x + k, _mm512_cvtps_epi32(mul(load(x + k), set1(peek<float>(&up)))));
+  return true;
+}
+
+// The digits of the integers that set_integers() left, from unit `from` on.
+void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
+  const __m512i lanes = (__m512i)(iota() * x.fields), bias = _mm512_set1_epi32(0x808080);
+  int8_t* out = x.digits;
+  for (int64_t u = 0; u < x.units; ++u) {
+    vi sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
+    for (int64_t k = u * x.unit; k < (u + 1) * x.unit; k += x.block())
+      for (int field = 0; field < x.fields; ++field, out += 16 * W) {
+        for (int i = 0; i < 4; ++i) {
+          const __m512i v = _mm512_i32gather_epi32(lanes, integers + k + x.fields * W * i + field, 4);
+          const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(v, bias), bias);
+          for (int d = 0; d < 4; ++d)
+            _mm_storeu_si128((__m128i*)(out + 4 * W * d + W * i),
+                             _mm512_cvtepi32_epi8(_mm512_srl_epi32(digits, _mm_cvtsi32_si128(24 - 8 * d))));
+        }
+        for (int d = 0; d < 4; ++d) sums[d] = dot4<8>(sums[d], no_sums() + 0x01010101, load_bytes(out + 4 * W * d));
+      }
+    for (int half = 0; half < 2; ++half)
+      _mm512_storeu_si512(x.zeros + (2 * u + half) * W,
+                          (__m512i)(((sums[2 * half] << 8) + sums[2 * half + 1]) * zero_code));
+  }
+}
+
+// sums[r * W] += lanes whose sum is W[n + r, units u0 .. u1 - 1) . x, for four r, where a unit is kBlocks blocks. slots
+// as in dots.h; scales[r * padded + s]: that of row r times that of x.
+template <class Pattern, class Values, int kBlocks>
+void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
+                const float* scales, int64_t padded, float* sums) {
+  constexpr int kR = 4, kZero = 1 << (Values::kWidth - 1),
+                kFields = Pattern::kSparse ? 1 : Fields<Values::kWidth>::kFields;
+  using B = Blocks<Pattern, Values>;
+  B blocks[kR];
+  vf acc[kR];
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r) {
+    blocks[r] = B(w, least(n + r, w.n - 1), u0 * x.unit, slots[r]);
+    acc[r] = load(sums + r * W);
+  }
+  const typename B::G grid{};
+  const int shift = __builtin_ctzll((uint64_t)x.segment);
+  const bool several = x.block() > x.segment;  // segments in a block
+  const vi lanes = (iota() * (4 * kFields)) >> shift;
+  const int8_t* digits = x.digits + u0 * x.unit * 4;
+  for (int64_t u = u0; u < u1; ++u) {
+    vi products[kR * 4];
+#pragma GCC unroll 16
+    for (int j = 0; j < kR * 4; ++j) products[j] = no_sums();
+#pragma GCC unroll 2
+    for (int b = 0; b < kBlocks; ++b, digits += 16 * W * kFields) {
+      vi codes[kR][kFields];
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r)
+        if constexpr (Pattern::kSparse) {
+          codes[r][0] = (vi)blocks[r].template next<false, kZero>(w, grid, grid, ahead).part[0];
+        } else {
+          block_codes<Values::kWidth>(w, blocks[r].slot, codes[r]);
+          for (int i = 0; i < kFields; i += 4) Values::ahead(w, blocks[r].slot + ahead + 64 * i);
+          blocks[r].slot += 4 * W * kFields;
+        }
+#pragma GCC unroll 4
+      for (int field = 0; field < kFields; ++field)
+#pragma GCC unroll 4
+        for (int d = 0; d < 4; ++d) {
+          const vi digit = load_bytes(digits + 4 * W * (4 * field + d));
+#pragma GCC unroll 4
+          for (int r = 0; r < kR; ++r)
+            products[4 * r + d] = dot4<Values::kWidth>(products[4 * r + d], codes[r][field], digit);
+        }
+    }
+    const vi high = load_bytes(x.zeros + 2 * u * W), low = load_bytes(x.zeros + (2 * u + 1) * W);
+    const int64_t s = u * x.unit >> shift;
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) {
+      const vi* p = products + 4 * r;
+      const vf first = to_float((p[0] << 8) + p[1] - high), last = to_float((p[2] << 8) + p[3] - low);
+      const float* scale = scales + r * padded + s;
+      acc[r] = fma(fma(last, set1(0x1p-16f), first), several ? spread(scale, lanes) : set1(*scale), acc[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r) {
+    slots[r] = blocks[r].slot;
+    store(sums + r * W, acc[r]);
+  }
+}
+
+using DigitDots = void (*)(const Weight&, const Digits&, int64_t n, int64_t u0, int64_t u1, int64_t* slots,
+                           int64_t ahead, const float* scales, int64_t padded, float* sums);
+
+template <class Pattern, class Values>
+void digit_rows(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
+                const float* scales, int64_t padded, float* sums) {
+  const auto dots = x.unit == x.block() ? digit_dots<Pattern, Values, 1> : digit_dots<Pattern, Values, 2>;
+  dots(w, x, n, u0, u1, slots, ahead, scales, padded, sums);
+}
+
+template <class Pattern, class Values>
+constexpr DigitDots digits_by() {
+  if constexpr (Values::kGrouped)
+    return digit_rows<Pattern, Values>;
+  else
+    return nullptr;
+}
+
+// out[s] = the scale of a row of W times that of x for each segment
+void segment_scales(const Weight& w, const Digits& x, int64_t row, float* out) {
+  const int64_t segments = x.units * x.unit / x.segment, first = row * w.groups;
+  if (w.group == x.segment) {
+    for (int64_t s = 0; s < segments; s += W) {
+      const __mmask16 there = (__mmask16)(segments - s >= W ? 0xffff : (1 << (segments - s)) - 1);
+      const vf scale = w.scale_dtype == CTP_FP16
+                           ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, (const uint16_t*)w.scales + first + s))
+                           : _mm512_maskz_loadu_ps(there, (const float*)w.scales + first + s);
+      store(out + s, mul(scale, load(x.scales + s)));
+    }
+  } else {
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t i = first + s * x.segment / w.group;
+      out[s] = x.scales[s] *
+               (w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i]);
+    }
+  }
+}
+
+template <class Decoder>
+void digit_part(const Job& job, const Decoder& decoder, const Digits& x, int64_t padded, const Part& part,
+                float* scratch) {
+  const Weight& w = job.weight;
+  const int64_t chunk = kDigitInputs / x.unit, left = x.units * x.unit;
+  float *scales = scratch, *row = scales + kDigitRows * padded;
+  for (int64_t n0 = part.column0; n0 < part.column1; n0 += kDigitRows) {
+    const int64_t count = least(kDigitRows, part.column1 - n0);
+    alignas(64) float sums[kDigitRows * W] = {};
+    int64_t slots[kDigitRows];
+    for (int64_t r = 0; r < round_up(count, 4); ++r) {
+      slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
+      segment_scales(w, x, least(n0 + r, w.n - 1), scales + r * padded);
+    }
+    for (int64_t u = 0; u < x.units; u += chunk) {
+      const int64_t end = least(u + chunk, x.units), inputs = (end - u) * x.unit;
+      for (int64_t r = 0; r < count; r += 4)
+        decoder.digits(w, x, n0 + r, u, end, slots + r, r + 4 < count || end == x.units ? 4 * w.k : inputs - r * w.k,
+                       scales + r * padded, padded, sums + r * W);
+    }
+    float out[kDigitRows];
+    for (int64_t r = 0; r < count; ++r) {
+      vf all = load(sums + r * W);
+      if (left < w.k) {
+        decoder.decode(w, n0 + r, left, w.k, slots[r], 4 * w.k, row);
+        for (int64_t k = left; k < w.k; k += W) all = fma(load(row + k - left), load(x.x + k), all);
+      }
+      out[r] = sum(all);
+    }
+    write_row(job, 0, n0, count, out);
+  }
+}
+
+// Whether the product was done in digits.
+template <class Decoder>
+bool run_digits(const Job& job, const Decoder& decoder, int threads) {
+  const Weight& w = job.weight;
+  if (!in_digits(job)) return false;
+  Digits x = digits_of(w);
+  const int64_t whole = x.units * x.unit, inputs = round_up(w.k, W), padded = round_up(whole / x.segment, W);
+  const int64_t own = round_up(kDigitRows * padded + x.unit + 2 * W, 16);
+  float* memory = ctp::scratch((size_t)(inputs + 2 * whole + 2 * x.units * W + round_up(padded, 16) + threads * own));
+  if (!memory) return false;
+  x.digits = (int8_t*)memory;
+  x.zeros = (int32_t*)(memory + whole);
+  int32_t* integers = x.zeros + 2 * x.units * W;
+  x.x = (float*)(integers + whole);
+  x.scales = x.x + inputs;
+  float* rest = x.scales + round_up(padded, 16);
+  read_row(job.x, job.dtype, w.k, x.x);
+  memcpy(integers, x.x, sizeof(float) * (size_t)whole);
+  memset(x.scales, 0, sizeof(float) * (size_t)padded);
+  for (int64_t s = 0; s < whole / x.segment; ++s)
+    if (!set_integers((float*)integers + s * x.segment, x.segment, x.scales + s)) return false;
+  set_digits(x, integers, 1 << (w.values == CTP_INT8 ? 7 : w.values == CTP_INT4 ? 3 : w.values == CTP_INT3 ? 2 : 1));
+  const int64_t units = (w.n + 3) / 4;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < threads; ++p) {
+    const Part part = {0, 1, units * p / threads * 4, least(units * (p + 1) / threads * 4, w.n)};
+    digit_part(job, decoder, x, padded, part, rest + p * own);
+  }
+  return true;
+}
+
+#else
+
+using DigitDots = decltype(nullptr);
+template <class Pattern, class Values>
+constexpr DigitDots digits_by() {
+  return nullptr;
+}
+template <class Decoder>
+bool run_digits(const Job&, const Decoder&, int) {
+  return false;
+}
+
+#endif
+
+}  // namespace
