@@ -8,8 +8,6 @@
 
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(32)));
-
 inline vi repeated(uint32_t word) { return no_sums() + (int32_t)word; }
 
 // Bytes of v of which every bit of `bits` is set become `then`, the others zero.
@@ -150,7 +148,7 @@ struct Blocks {
       part[0] = (pairs & repeated(0x3333)) | (pairs << 14 & repeated(0x33330000));
       if constexpr (Values::kWidth == 3) {
         const vi ones = widen_bytes((const uint8_t*)w.stored_hi + (slot >> 3)) * 0x01010101;
-        part[0] |= where_set(ones, 0x20021001, 0x04040404) | where_set(ones, 0x80084004, 0x40404040);
+        part[0] = part[0] | where_set(ones, 0x20021001, 0x04040404) | where_set(ones, 0x80084004, 0x40404040);
       }
     }
   }

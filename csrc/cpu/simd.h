@@ -51,6 +51,46 @@ inline T peek(const void* p) {
   return value;
 }
 
+// For every byte of a bitmap, which stored entry each lane takes: a lane's rank among the set bits; the high bit set
+// where it takes none.
+struct Ranks {
+  uint64_t of[256];
+  constexpr Ranks() : of() {
+    for (unsigned bits = 0; bits < 256; ++bits) {
+      uint64_t rank = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        of[bits] |= (bits >> lane & 1 ? rank : 0x80) << (8 * lane);
+        rank += bits >> lane & 1;
+      }
+    }
+  }
+};
+constexpr Ranks kRanks;
+
+// kRanks for entries of two bytes.
+struct WordRanks {
+  alignas(16) uint8_t of[256][16];
+  constexpr WordRanks() : of() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int byte = 0; byte < 16; ++byte) {
+        const int rank = (int)(kRanks.of[bits] >> (byte / 2 * 8) & 0xff);
+        of[bits][byte] = (uint8_t)(rank & 0x80 ? 0x80 : 2 * rank + byte % 2);
+      }
+  }
+};
+constexpr WordRanks kWordRanks;
+
+// For every byte of a bitmap, the lanes of its set bits, in order.
+struct SetLanes {
+  uint64_t of[256];
+  constexpr SetLanes() : of() {
+    for (unsigned bits = 0; bits < 256; ++bits)
+      for (int lane = 7; lane >= 0; --lane)
+        if (bits >> lane & 1) of[bits] = of[bits] << 8 | (uint64_t)lane;
+  }
+};
+constexpr SetLanes kSetLanes;
+
 }  // namespace
 
 #if defined(__AVX512F__)

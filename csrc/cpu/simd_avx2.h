@@ -50,37 +50,10 @@ inline vf keep(vf v, unsigned bits) {
   return _mm256_and_ps(v, as_float(_mm256_cmpeq_epi32(set, bit)));
 }
 
-// For every byte of a bitmap, which stored entry each lane takes: a lane's rank among the set bits; the high bit set
-// where it takes none.
-struct Ranks {
-  uint64_t of[256];
-  constexpr Ranks() : of() {
-    for (unsigned bits = 0; bits < 256; ++bits) {
-      uint64_t rank = 0;
-      for (int lane = 0; lane < 8; ++lane) {
-        of[bits] |= (bits >> lane & 1 ? rank : 0x80) << (8 * lane);
-        rank += bits >> lane & 1;
-      }
-    }
-  }
-};
-constexpr Ranks kRanks;
-
 inline vf expand(vf v, unsigned bits) {
   const __m128i ranks = _mm_loadl_epi64((const __m128i*)(kRanks.of + bits));
   return keep(_mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(ranks)), bits);
 }
-
-// For every byte of a bitmap, the lanes of its set bits, in order.
-struct SetLanes {
-  uint64_t of[256];
-  constexpr SetLanes() : of() {
-    for (unsigned bits = 0; bits < 256; ++bits)
-      for (int lane = 7; lane >= 0; --lane)
-        if (bits >> lane & 1) of[bits] = of[bits] << 8 | (uint64_t)lane;
-  }
-};
-constexpr SetLanes kSetLanes;
 
 inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
   const unsigned kept = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_NEQ_UQ));
@@ -175,6 +148,7 @@ inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
   store(dst + 3 * ldd, _mm256_shuffle_ps(b, d, 0xee));
 }
 
+typedef uint8_t Bytes __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));  // not __m256i: GCC keeps an array of those in memory
 inline vi no_sums() { return vi{}; }
 inline vi widen_bytes(const void* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
@@ -234,18 +208,6 @@ inline void expand64_fours(vi bytes, uint64_t bits, const vi* other, vi* out) {
   out[1] = other[1] ^ (vi)_mm256_permute2x128_si256(half[0], half[1], 0x31);
 }
 
-// kRanks for entries of two bytes.
-struct WordRanks {
-  alignas(16) uint8_t of[256][16];
-  constexpr WordRanks() : of() {
-    for (int bits = 0; bits < 256; ++bits)
-      for (int byte = 0; byte < 16; ++byte) {
-        const int rank = (int)(kRanks.of[bits] >> (byte / 2 * 8) & 0xff);
-        of[bits][byte] = (uint8_t)(rank & 0x80 ? 0x80 : 2 * rank + byte % 2);
-      }
-  }
-};
-constexpr WordRanks kWordRanks;
 inline vi expand16(const void* p, unsigned bits, int in_first) {
   const __m128i a = _mm_loadu_si128((const __m128i*)p);
   const __m128i b = _mm_loadu_si128((const __m128i*)((const uint16_t*)p + in_first));

@@ -34,6 +34,9 @@ void skip_tile(const List& list, const float* xt, float* c) {
     const uint64_t places = peek<uint64_t>(list.places + i);
     const auto entry = [&](vf value, int e) {
       const float* x = (const float*)((const char*)xt + (places >> 16 * e & 0xffff));
+#if defined(__aarch64__)
+      asm("" : "+r"(x));  // or GCC adds the place to the address of every vector of xt
+#endif
 #pragma GCC unroll 16
       for (int v = 0; v < kV; ++v) {
         vf& sum = acc[v * kChains + e % kChains];
