@@ -1,4 +1,4 @@
-// Vectors of W lanes of fp32 for the instruction set that this unit is compiled for. Each of the three headers
+// Vectors of W lanes of fp32 for the instruction set that this unit is compiled for. Each of the four headers
 // defines, in an anonymous namespace:
 //
 // clang-format off
@@ -97,6 +97,8 @@ constexpr SetLanes kSetLanes;
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
+#elif defined(__aarch64__)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif
