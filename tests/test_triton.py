@@ -282,6 +282,15 @@ def test_what_it_cannot_do_it_says(name, dtype, device, direction, compute, reas
     assert reason in backend.unsupported(parse_format(name), (8, 64), dtype, torch.device(device), direction, compute)
 
 
+def test_rows_far_apart_are_brought_together():
+    """The last token of a few very long sequences: a row of x begins more than 2^31 elements after the first."""
+    from ctp_kernels.backends.triton.launch import _near
+
+    wide = torch.empty(3, 2**21, 1024, device="meta")
+    assert _near(wide[:, -1, :]).stride() == (1024, 1)
+    assert _near(wide[0, :4, :16]).stride() == (1024, 1)
+
+
 @pytest.mark.parametrize("name", [*FORMATS, *VARIANTS])
 def test_plans_fit_the_format(name):
     """Tiles that the kernels take: powers of two, 128 inputs for unstructured, a workspace smaller than the weight."""

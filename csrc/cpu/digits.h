@@ -114,25 +114,28 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
     for (int j = 0; j < kR * 4; ++j) products[j] = no_sums();
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b, digits += 16 * W * kFields) {
-      vi codes[kR][kFields];
+      Planes<Values::kWidth> planes[kR];
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r)
         if constexpr (Pattern::kSparse) {
-          codes[r][0] = (vi)blocks[r].template next<false, kZero>(w, grid, grid, ahead).part[0];
+          planes[r].low = (vi)blocks[r].template next<false, kZero>(w, grid, grid, ahead).part[0];
         } else {
-          block_codes<Values::kWidth>(w, blocks[r].slot, codes[r]);
+          planes[r] = Planes<Values::kWidth>(w, blocks[r].slot);
           for (int i = 0; i < kFields; i += 4) Values::ahead(w, blocks[r].slot + ahead + 64 * i);
           blocks[r].slot += 4 * W * kFields;
         }
 #pragma GCC unroll 4
-      for (int field = 0; field < kFields; ++field)
+      for (int field = 0; field < kFields; ++field) {
+        vi codes[kR];
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; ++r) codes[r] = Pattern::kSparse ? planes[r].low : planes[r].codes(field);
 #pragma GCC unroll 4
         for (int d = 0; d < 4; ++d) {
           const vi digit = load_bytes(digits + 4 * W * (4 * field + d));
 #pragma GCC unroll 4
-          for (int r = 0; r < kR; ++r)
-            products[4 * r + d] = dot4<Values::kWidth>(products[4 * r + d], codes[r][field], digit);
+          for (int r = 0; r < kR; ++r) products[4 * r + d] = dot4<Values::kWidth>(products[4 * r + d], codes[r], digit);
         }
+      }
     }
     const vi high = load_bytes(x.zeros + 2 * u * W), low = load_bytes(x.zeros + (2 * u + 1) * W);
     const int64_t s = u * x.unit >> shift;

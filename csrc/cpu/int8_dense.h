@@ -22,25 +22,26 @@ inline bool in_fields(const Weight& w, const Quantized& x) {
   return w.pattern == CTP_DENSE && x.segment >= 4 * fields_of(w.values);
 }
 
-// The codes of a block, from slot `slot` on: a vector for each field.
+// A block, packed, and its fields.
 template <int kBits>
-inline void block_codes(const Weight& w, int64_t slot, vi* codes) {
+struct Planes {
   using F = Fields<kBits>;
-  const vi low = load_bytes((const uint8_t*)w.stored + (slot * F::kWidth >> 3));
-  const vi mask = no_sums() + (int32_t)(((1u << F::kWidth) - 1) * 0x01010101u);
-  if constexpr (kBits == 8) {
-    codes[0] = low;
-  } else if constexpr (kBits == 3) {
-    const vi high = nibbles((const uint8_t*)w.stored_hi + (slot >> 3)), four = no_sums() + 0x04040404;
-    codes[0] = (low & mask) | ((high << 2) & four);
-    codes[1] = ((low >> 2) & mask) | ((high << 1) & four);
-    codes[2] = ((low >> 4) & mask) | (high & four);
-    codes[3] = ((low >> 6) & mask) | ((high >> 1) & four);
-  } else {
-#pragma GCC unroll 4
-    for (int j = 0; j < F::kFields; ++j) codes[j] = (low >> (F::kWidth * j)) & mask;
+  vi low, high;
+  Planes() = default;
+  Planes(const Weight& w, int64_t slot) : low(load_bytes((const uint8_t*)w.stored + (slot * F::kWidth >> 3))) {
+    if constexpr (kBits == 3) high = nibbles((const uint8_t*)w.stored_hi + (slot >> 3));
   }
-}
+  vi codes(int field) const {
+    if constexpr (kBits == 8) return low;
+    const vi mask = no_sums() + (int32_t)(((1u << F::kWidth) - 1) * 0x01010101u), codes = low >> (F::kWidth * field);
+    if constexpr (kBits != 3) return codes & mask;
+    return masked_or(codes, mask,
+                     field == 0   ? fours<0>(high)
+                     : field == 1 ? fours<1>(high)
+                     : field == 2 ? fours<2>(high)
+                                  : fours<3>(high));
+  }
+};
 
 // sums[m * 4 + r] += x row m0 + m . w row r over the first `blocks` blocks, for kM rows of x and kR of W
 template <int kM, int kR, int kBits>
@@ -59,9 +60,11 @@ void field_dots(const Weight& w, const Quantized& x, int64_t m0, int64_t blocks,
     const int64_t s = b * F::kBlock >> shift;
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
-      vi codes[F::kFields];
       const int64_t slot = slots[r] + b * F::kBlock;
-      block_codes<kBits>(w, slot, codes);
+      const Planes<kBits> planes(w, slot);
+      vi codes[F::kFields];
+#pragma GCC unroll 4
+      for (int j = 0; j < F::kFields; ++j) codes[j] = planes.codes(j);
       // Into L2: L1 waits for no more than 24 lines at a time, which is half the speed of memory (Zen 4).
       __builtin_prefetch((const char*)w.stored + (slot + ahead) / F::kFields, 0, 2);
       if constexpr (kBits == 3) __builtin_prefetch((const char*)w.stored_hi + ((slot + ahead) >> 3), 0, 2);

@@ -85,6 +85,11 @@ def _on_words(tensors: Sequence[torch.Tensor]) -> bool:
     return all(tensor.data_ptr() % 4 == 0 for tensor in tensors)
 
 
+def _near(x: torch.Tensor) -> torch.Tensor:
+    """x with neighbours side by side and all rows within 2^31 elements, which is how far the decode kernel counts."""
+    return x if x.stride(1) == 1 and x.shape[0] * x.stride(0) < 2**31 else x.contiguous()
+
+
 def matmul(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
@@ -104,7 +109,7 @@ def matmul(
         return torch.nn.functional.linear(x.to(weight.dtype), weight, wide_bias).to(x.dtype)
     constants = constants_of(plan, format, x.dtype, k, "forward", bias is not None, _on_words(tensors))
     kernel = kernels.decode_kernel if plan.kind == "decode" else kernels.matmul_kernel
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = _near(x)
     weight = _weight_arguments(tensors, format)
     y = _output(x, plan, m, n)
     blocks = triton.cdiv(n, plan.block_n)
@@ -133,7 +138,7 @@ def matmul_t(
         weight = dequantize(tensors, format, (n, k), _operand(format, dy.dtype), plan)
         return torch.matmul(dy.to(weight.dtype), weight).to(dy.dtype)
     constants = constants_of(plan, format, dy.dtype, k, "backward", False, _on_words(tensors))
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dy = _near(dy)
     dx = _output(dy, plan, m, k)
     grid = (triton.cdiv(k, plan.block_k), triton.cdiv(m, plan.block_m), plan.splits)
     with torch.cuda.device_of(dy):
