@@ -6,7 +6,7 @@
 // inputs are much smaller than that one. set_digits() then says no.
 #pragma once
 
-#include "int8_dense.h"
+#include "int8_fields.h"
 
 namespace {
 
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kDigitInputs = 4096;  // of a chunk: their digits stay in L1
 constexpr int64_t kDigitRows = 16;      // rows of W that meet them there
 
-// A row of x, in blocks of `fields` vectors of codes (int8_dense.h; where W has zeros, one vector of codes in order).
+// A row of x, in blocks of `fields` vectors of codes (int8_fields.h; where W has zeros, one vector of codes in order).
 struct Digits {
   int fields;
   int64_t segment, unit, units;  // inputs of a segment; of what shares sums, a block or a segment; how many in K
@@ -28,7 +28,7 @@ struct Digits {
 
 Digits digits_of(const Weight& w) {
   const int64_t segment = segment_of(w);
-  const int fields = w.pattern == CTP_DENSE ? fields_of(w.values) : 1;
+  const int fields = fields_of(w);
   const int64_t unit = 4 * W * fields > segment ? 4 * W * fields : segment;
   return {fields, segment, unit, w.k / unit, nullptr, nullptr, nullptr, nullptr};
 }
@@ -93,9 +93,8 @@ void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
 template <class Pattern, class Values, int kBlocks>
 void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
                 const float* scales, int64_t padded, float* sums) {
-  constexpr int kR = 4, kZero = 1 << (Values::kWidth - 1),
-                kFields = Pattern::kSparse ? 1 : Fields<Values::kWidth>::kFields;
-  using B = Blocks<Pattern, Values>;
+  constexpr int kR = 4, kFields = Fields<Pattern, Values::kWidth>::kFields;
+  using B = FieldBlocks<Pattern, Values::kWidth>;
   B blocks[kR];
   vf acc[kR];
 #pragma GCC unroll 4
@@ -103,7 +102,6 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
     blocks[r] = B(w, least(n + r, w.n - 1), u0 * x.unit, slots[r]);
     acc[r] = load(sums + r * W);
   }
-  const typename B::G grid{};
   const int shift = __builtin_ctzll((uint64_t)x.segment);
   const bool several = x.block() > x.segment;  // segments in a block
   const vi lanes = (iota() * (4 * kFields)) >> shift;
@@ -114,21 +112,14 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
     for (int j = 0; j < kR * 4; ++j) products[j] = no_sums();
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b, digits += 16 * W * kFields) {
-      Planes<Values::kWidth> planes[kR];
+      Planes<Pattern, Values::kWidth> planes[kR];
 #pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r)
-        if constexpr (Pattern::kSparse) {
-          planes[r].low = (vi)blocks[r].template next<false, kZero>(w, grid, grid, ahead).part[0];
-        } else {
-          planes[r] = Planes<Values::kWidth>(w, blocks[r].slot);
-          for (int i = 0; i < kFields; i += 4) Values::ahead(w, blocks[r].slot + ahead + 64 * i);
-          blocks[r].slot += 4 * W * kFields;
-        }
+      for (int r = 0; r < kR; ++r) planes[r] = blocks[r].next(w, ahead);
 #pragma GCC unroll 4
       for (int field = 0; field < kFields; ++field) {
         vi codes[kR];
 #pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r) codes[r] = Pattern::kSparse ? planes[r].low : planes[r].codes(field);
+        for (int r = 0; r < kR; ++r) codes[r] = planes[r].codes(field);
 #pragma GCC unroll 4
         for (int d = 0; d < 4; ++d) {
           const vi digit = load_bytes(digits + 4 * W * (4 * field + d));
@@ -149,7 +140,7 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r) {
-    slots[r] = blocks[r].slot;
+    slots[r] = blocks[r].blocks.slot;
     store(sums + r * W, acc[r]);
   }
 }

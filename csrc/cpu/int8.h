@@ -6,7 +6,7 @@
 // multiplied as dot products. Many rows: a panel of codes, panel[t][k / 4][column][k % 4], serves a block of rows.
 #pragma once
 
-#include "int8_dense.h"
+#include "int8_fields.h"
 
 namespace {
 
@@ -47,8 +47,8 @@ void int8_dots(const Quantized& x, int64_t row, int64_t s0, int64_t s1, const ui
   for (int m = 0; m < kM; ++m) sum4(acc[4 * m], acc[4 * m + 1], acc[4 * m + 2], acc[4 * m + 3], sums + 4 * m);
 }
 
-template <int kBits>
-void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start, const Part& part, float* scratch) {
+template <int kBits, class Decoder>
+void int8_dot_part(const Job& job, const Quantized& x, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   float *scales = scratch, *offsets = scales + 4 * x.padded, *sums = offsets + 4 * x.padded;
   uint8_t* rows = (uint8_t*)(sums + round_up(4 * job.m, W) + 2 * W);
@@ -58,7 +58,7 @@ void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start,
     int64_t slots[4], ids[4], ahead = 4 * w.k;
     for (int r = 0; r < 4; ++r) {
       ids[r] = least(n + r, w.n - 1);
-      slots[r] = start(w, ids[r], 0);
+      slots[r] = decoder.start(w, ids[r], 0);
       weight_grid(w, x, ids[r], scales + r * x.padded, offsets + r * x.padded);
     }
     for (int64_t m = 0; m < job.m; ++m) {
@@ -71,15 +71,12 @@ void int8_dot_part(const Job& job, const Quantized& x, Codes codes, Start start,
     }
     int64_t k = 0;
     if (fields) {
-      k = w.values == CTP_INT8   ? field_rows<8>(w, x, job.m, slots, ahead, scales, sums)
-          : w.values == CTP_INT4 ? field_rows<4>(w, x, job.m, slots, ahead, scales, sums)
-          : w.values == CTP_INT3 ? field_rows<3>(w, x, job.m, slots, ahead, scales, sums)
-                                 : field_rows<2>(w, x, job.m, slots, ahead, scales, sums);
-      for (int r = 0; r < 4; ++r) slots[r] += k;
+      k = decoder.fields(w, x, job.m, ids, slots, ahead, scales, sums);
+      for (int r = 0; r < 4 && k < w.k; ++r) slots[r] = decoder.start(w, ids[r], k);
     }
     for (; k < w.k; k += kInt8Chunk) {
       const int64_t end = least(k + kInt8Chunk, w.k);
-      for (int r = 0; r < 4; ++r) slots[r] = codes(w, ids[r], k, end, slots[r], ahead, rows + r * kInt8Stride);
+      for (int r = 0; r < 4; ++r) slots[r] = decoder.codes(w, ids[r], k, end, slots[r], ahead, rows + r * kInt8Stride);
       const int64_t s0 = k / x.segment, s1 = (end + x.segment - 1) / x.segment;
       int64_t m = 0;
       for (; m + kInt8DotRows <= job.m; m += kInt8DotRows)
@@ -136,8 +133,8 @@ int64_t int8_dot_floats(const Job& job, const Quantized& x) {
   return 8 * x.padded + round_up(4 * job.m, W) + 2 * W + kInt8Stride;
 }
 
-template <int kBits>
-void int8_panel_part(const Job& job, const Quantized& x, Codes codes, Start start, const Part& part, float* scratch) {
+template <int kBits, class Decoder>
+void int8_panel_part(const Job& job, const Quantized& x, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
   const int64_t block = least(job.m, kInt8Block);
   float *c = scratch, *scales = c + block * kInt8Width, *offsets = scales + kInt8Width * x.segments;
@@ -150,7 +147,7 @@ void int8_panel_part(const Job& job, const Quantized& x, Codes codes, Start star
       int64_t slots[kInt8Width];
       for (int64_t i = 0; i < round_up(width, kTile); ++i) {  // scales[t][s][column]
         const int64_t row = least(c0 + i, w.n - 1);
-        slots[i] = start(w, row, 0);
+        slots[i] = decoder.start(w, row, 0);
         weight_grid(w, x, row, row_scales, row_offsets);
         for (int64_t s = 0, at = i / kTile * kTile * x.segments + i % kTile; s < x.segments; ++s, at += kTile) {
           scales[at] = row_scales[s];
@@ -165,8 +162,8 @@ void int8_panel_part(const Job& job, const Quantized& x, Codes codes, Start star
           for (int64_t v = 0; v < kTile; v += W) {
             const int64_t first = least(c0 + t + v, w.n - 1);
             for (int64_t i = 0; i < W; ++i)
-              slots[t + v + i] =
-                  codes(w, least(first + i, w.n - 1), k, end, slots[t + v + i], W * w.k, rows + i * kInt8Stride);
+              slots[t + v + i] = decoder.codes(w, least(first + i, w.n - 1), k, end, slots[t + v + i], W * w.k,
+                                               rows + i * kInt8Stride);
             for (int64_t d = 0; d < (s1 - s0) * x.segment; d += 16)
               transpose4((const float*)(rows + d), kInt8Stride / 4, (float*)(out + d * kTile + 4 * v), kTile);
           }
@@ -184,14 +181,16 @@ void int8_panel_part(const Job& job, const Quantized& x, Codes codes, Start star
 
 // ---- Both ---------------------------------------------------------------------------------------------------------
 
-int run_int8(const Job& job, Codes codes, Start start, int threads) {
+template <class Decoder>
+int run_int8(const Job& job, const Decoder& decoder, int threads) {
   const Weight& w = job.weight;
   Quantized x{};
   x.segment = segment_of(w);
   x.segments = (w.k + x.segment - 1) / x.segment;
   x.padded = round_up(x.segments, W);
   x.ldq = x.segments * x.segment + 64;  // not a power of two
-  const bool fields = in_fields(w, x), dot = x.segment >= 4 * W && job.m <= (fields ? kFieldLimit : kInt8DotLimit);
+  const bool fields = in_fields(w, x),
+             dot = x.segment >= 4 * W && job.m <= (fields && w.pattern == CTP_DENSE ? kFieldLimit : kInt8DotLimit);
   const int64_t unit = dot ? 4 : kTile, units = (w.n + unit - 1) / unit;
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
   const int64_t across = least(threads, units);
@@ -206,15 +205,15 @@ int run_int8(const Job& job, Codes codes, Start start, int threads) {
   x.q = (int8_t*)(x.sums + job.m * x.padded);
   x.fields = dot && fields ? x.q + job.m * x.ldq : nullptr;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && job.m > 1)
-  for (int64_t i = 0; i < job.m; ++i) quantize_row(job, x, i);
-  const auto run = dot ? (w.values == CTP_INT8 ? int8_dot_part<8> : int8_dot_part<4>)
-                       : (w.values == CTP_INT8 ? int8_panel_part<8> : int8_panel_part<4>);
+  for (int64_t i = 0; i < job.m; ++i) quantize_row(job, x, i, fields_of(w));
+  const auto run = dot ? (w.values == CTP_INT8 ? int8_dot_part<8, Decoder> : int8_dot_part<4, Decoder>)
+                       : (w.values == CTP_INT8 ? int8_panel_part<8, Decoder> : int8_panel_part<4, Decoder>);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t p = 0; p < across * down; ++p) {
     const int64_t i = p / across, j = p % across;
     const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
                        least(units * (j + 1) / across * unit, w.n)};
-    run(job, x, codes, start, part, memory + shared + p * own);
+    run(job, x, decoder, part, memory + shared + p * own);
   }
   return CTP_OK;
 }

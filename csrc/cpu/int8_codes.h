@@ -90,9 +90,6 @@ constexpr Codes codes_of() {
 
 inline int64_t segment_of(const Weight& w) { return w.groups == 1 ? 128 : least(w.group & -w.group, 128); }
 
-// Codes in a byte of a plane; of int3's low one.
-inline int fields_of(int32_t values) { return values == CTP_INT8 ? 1 : values == CTP_INT4 ? 2 : 4; }
-
 // out[4 W j + b] = q[fields * b + j] in each block of 4 W fields inputs
 void reorder_fields(const int8_t* q, int64_t count, int fields, int8_t* out) {
   for (int64_t k = 0; k + 4 * W * fields <= count; k += 4 * W * fields)
@@ -104,7 +101,7 @@ struct Quantized {
   int64_t segment, segments, padded;  // inputs a segment; segments a row, and the same rounded up to W
   int64_t ldq;                        // bytes from a row of q to the next
   int8_t* q;                          // (m, ldq), zeros from K on
-  int8_t* fields;                     // the same in the order of int8_dense.h, or NULL where nobody wants it
+  int8_t* fields;                     // the same in the order of int8_fields.h, or NULL where nobody wants it
   float *scales, *sums;               // (m, padded): sx, and sx times the sum of q; zeros from `segments` on
 };
 
@@ -132,7 +129,7 @@ void quantize(const float* x, int64_t segment, int8_t* q, float* scale, float* s
   *scaled_sum = *scale * (float)total;
 }
 
-void quantize_row(const Job& job, const Quantized& x, int64_t row) {
+void quantize_row(const Job& job, const Quantized& x, int64_t row, int fields) {
   alignas(64) float wide[128 + W];
   int8_t* q = x.q + row * x.ldq;
   float *scales = x.scales + row * x.padded, *sums = x.sums + row * x.padded;
@@ -144,7 +141,7 @@ void quantize_row(const Job& job, const Quantized& x, int64_t row) {
   }
   memset(q + x.segments * x.segment, 0, (size_t)(x.ldq - x.segments * x.segment));
   for (int64_t s = x.segments; s < x.padded; ++s) scales[s] = sums[s] = 0;
-  if (x.fields) reorder_fields(q, job.weight.k, fields_of(job.weight.values), x.fields + row * x.ldq);
+  if (x.fields) reorder_fields(q, job.weight.k, fields, x.fields + row * x.ldq);
 }
 
 // scales[s] = sw and offsets[s] = -sw zero of a row of W for each segment, then zeros up to a multiple of W

@@ -32,7 +32,10 @@ struct Decoder {
   Dots dots[3];
   // brain.h, where it has its instructions
   int64_t (*brain)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint16_t* out);
+  // int8.h
   Codes codes;
+  FieldRows fields;
+  // digits.h, where it has its instructions
   DigitDots digits;
 };
 
@@ -46,6 +49,7 @@ struct Composed {
                                        {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>},
                                        kBrainRow<Pattern, Values>,
                                        codes_of<Pattern, Values>(),
+                                       fields_by<Pattern, Values>(),
                                        digits_by<Pattern, Values>()};
 };
 
@@ -299,7 +303,7 @@ namespace CTP_ISA {
 int run(const Job& job, int threads) {
   const Weight& w = job.weight;
   const Decoder& decoder = decoder_of(w);
-  if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder.codes, decoder.start, threads);
+  if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
   if (run_digits(job, decoder, threads)) return CTP_OK;
   const bool brain = in_brain(job), skip = !brain && skips(job) && all_finite(job, threads);
