@@ -202,7 +202,7 @@ def one_row(kind: str, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["outliers", "extreme", "alone", "spread", "denormal", "tiny", "huge"])
-@pytest.mark.parametrize("name", [name + suffix for name in GROUPED for suffix in ("", "-g32")])
+@pytest.mark.parametrize("name", [name + suffix for name in GROUPED for suffix in ("", "-asym", "-g32")])
 def test_one_row_of_any_range(name: str, kind: str) -> None:
     """Also where the weights of the largest inputs are zero, so that only the small ones count."""
     n, k = 24, 1032

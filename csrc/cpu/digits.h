@@ -20,9 +20,10 @@ struct Digits {
   int fields;
   int64_t segment, unit, units;  // inputs of a segment; of what shares sums, a block or a segment; how many in K
   int8_t* digits;                // four vectors for each vector of codes, the digit that counts most first
-  int32_t* zeros;                // two vectors for each unit: what codes for zero would add to the first and last two
-  float* scales;                 // s 2^16 of each segment
-  float* x;                      // fp32; zeros past K
+  int32_t* zeros;  // two vectors for each unit: what codes for zero would add to the first and last two, or
+                   // codes of 1, if W is not symmetric
+  float* scales;   // s 2^16 of each segment
+  float* x;        // fp32; zeros past K
   int64_t block() const { return 4 * W * fields; }
 };
 
@@ -39,7 +40,7 @@ inline vi iota() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1
 // one segment.
 inline bool in_digits(const Job& job) {
   const Weight& w = job.weight;
-  if (job.m != 1 || job.transposed || w.values < CTP_INT8 || !w.symmetric) return false;
+  if (job.m != 1 || job.transposed || w.values < CTP_INT8 || (w.pattern != CTP_DENSE && !w.symmetric)) return false;
   const Digits x = digits_of(w);
   return 16 * (w.k - x.units * x.unit) <= w.k && x.segment >= W && x.segment >= 4 * x.fields;
 }
@@ -88,11 +89,14 @@ void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
   }
 }
 
+using DigitDots = void (*)(const Weight&, const Digits&, int64_t n, int64_t u0, int64_t u1, int64_t* slots,
+                           int64_t ahead, const float* scales, const float* zeros, int64_t padded, float* sums);
+
 // sums[r * W] += lanes whose sum is W[n + r, units u0 .. u1 - 1) . x, for four r, where a unit is kBlocks blocks. slots
-// as in dots.h; scales[r * padded + s]: that of row r times that of x.
-template <class Pattern, class Values, int kBlocks>
+// as in dots.h; scales[r * padded + s]: that of row r times that of x; zeros, if W is not symmetric, likewise.
+template <class Pattern, class Values, int kBlocks, bool kSymmetric>
 void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
-                const float* scales, int64_t padded, float* sums) {
+                const float* scales, const float* zeros, int64_t padded, float* sums) {
   constexpr int kR = 4, kFields = Fields<Pattern, Values::kWidth>::kFields;
   using B = FieldBlocks<Pattern, Values::kWidth>;
   B blocks[kR];
@@ -133,8 +137,11 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       const vi* p = products + 4 * r;
-      const vf first = to_float((p[0] << 8) + p[1] - high), last = to_float((p[2] << 8) + p[3] - low);
-      const float* scale = scales + r * padded + s;
+      const float *scale = scales + r * padded + s, *zero = zeros + r * padded + s;
+      vi factor;
+      if constexpr (!kSymmetric) factor = (vi)(several ? spread(zero, lanes) : set1(*zero));
+      const vf first = to_float((p[0] << 8) + p[1] - (kSymmetric ? high : high * factor));
+      const vf last = to_float((p[2] << 8) + p[3] - (kSymmetric ? low : low * factor));
       acc[r] = fma(fma(last, set1(0x1p-16f), first), several ? spread(scale, lanes) : set1(*scale), acc[r]);
     }
   }
@@ -145,14 +152,14 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
   }
 }
 
-using DigitDots = void (*)(const Weight&, const Digits&, int64_t n, int64_t u0, int64_t u1, int64_t* slots,
-                           int64_t ahead, const float* scales, int64_t padded, float* sums);
-
 template <class Pattern, class Values>
 void digit_rows(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
-                const float* scales, int64_t padded, float* sums) {
-  const auto dots = x.unit == x.block() ? digit_dots<Pattern, Values, 1> : digit_dots<Pattern, Values, 2>;
-  dots(w, x, n, u0, u1, slots, ahead, scales, padded, sums);
+                const float* scales, const float* zeros, int64_t padded, float* sums) {
+  const bool one = x.unit == x.block();
+  DigitDots dots = one ? digit_dots<Pattern, Values, 1, true> : digit_dots<Pattern, Values, 2, true>;
+  if constexpr (!Pattern::kSparse)
+    if (!w.symmetric) dots = one ? digit_dots<Pattern, Values, 1, false> : digit_dots<Pattern, Values, 2, false>;
+  dots(w, x, n, u0, u1, slots, ahead, scales, zeros, padded, sums);
 }
 
 template <class Pattern, class Values>
@@ -163,8 +170,8 @@ constexpr DigitDots digits_by() {
     return nullptr;
 }
 
-// out[s] = the scale of a row of W times that of x for each segment
-void segment_scales(const Weight& w, const Digits& x, int64_t row, float* out) {
+// out[s] = the scale of a row of W times that of x for each segment; zeros[s] = its zero, an integer, if not symmetric
+void segment_grids(const Weight& w, const Digits& x, int64_t row, float* out, float* zeros) {
   const int64_t segments = x.units * x.unit / x.segment, first = row * w.groups;
   if (w.group == x.segment) {
     for (int64_t s = 0; s < segments; s += W) {
@@ -173,12 +180,15 @@ void segment_scales(const Weight& w, const Digits& x, int64_t row, float* out) {
                            ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, (const uint16_t*)w.scales + first + s))
                            : _mm512_maskz_loadu_ps(there, (const float*)w.scales + first + s);
       store(out + s, mul(scale, load(x.scales + s)));
+      if (!w.symmetric)
+        store(zeros + s, as_float(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, w.zeros + first + s))));
     }
   } else {
     for (int64_t s = 0; s < segments; ++s) {
       const int64_t i = first + s * x.segment / w.group;
       out[s] = x.scales[s] *
                (w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i]);
+      if (!w.symmetric) ((int32_t*)zeros)[s] = w.zeros[i];
     }
   }
 }
@@ -188,20 +198,20 @@ void digit_part(const Job& job, const Decoder& decoder, const Digits& x, int64_t
                 float* scratch) {
   const Weight& w = job.weight;
   const int64_t chunk = kDigitInputs / x.unit, left = x.units * x.unit;
-  float *scales = scratch, *row = scales + kDigitRows * padded;
+  float *scales = scratch, *zeros = scales + kDigitRows * padded, *row = zeros + kDigitRows * padded;
   for (int64_t n0 = part.column0; n0 < part.column1; n0 += kDigitRows) {
     const int64_t count = least(kDigitRows, part.column1 - n0);
     alignas(64) float sums[kDigitRows * W] = {};
     int64_t slots[kDigitRows];
     for (int64_t r = 0; r < round_up(count, 4); ++r) {
       slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
-      segment_scales(w, x, least(n0 + r, w.n - 1), scales + r * padded);
+      segment_grids(w, x, least(n0 + r, w.n - 1), scales + r * padded, zeros + r * padded);
     }
     for (int64_t u = 0; u < x.units; u += chunk) {
       const int64_t end = least(u + chunk, x.units), inputs = (end - u) * x.unit;
       for (int64_t r = 0; r < count; r += 4)
         decoder.digits(w, x, n0 + r, u, end, slots + r, r + 4 < count || end == x.units ? 4 * w.k : inputs - r * w.k,
-                       scales + r * padded, padded, sums + r * W);
+                       scales + r * padded, zeros + r * padded, padded, sums + r * W);
     }
     float out[kDigitRows];
     for (int64_t r = 0; r < count; ++r) {
@@ -223,7 +233,7 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
   if (!in_digits(job)) return false;
   Digits x = digits_of(w);
   const int64_t whole = x.units * x.unit, inputs = round_up(w.k, W), padded = round_up(whole / x.segment, W);
-  const int64_t own = round_up(kDigitRows * padded + x.unit + 2 * W, 16);
+  const int64_t own = round_up(2 * kDigitRows * padded + x.unit + 2 * W, 16);
   float* memory = ctp::scratch((size_t)(inputs + 2 * whole + 2 * x.units * W + round_up(padded, 16) + threads * own));
   if (!memory) return false;
   x.digits = (int8_t*)memory;
@@ -237,7 +247,8 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
   memset(x.scales, 0, sizeof(float) * (size_t)padded);
   for (int64_t s = 0; s < whole / x.segment; ++s)
     if (!set_integers((float*)integers + s * x.segment, x.segment, x.scales + s)) return false;
-  set_digits(x, integers, 1 << (w.values == CTP_INT8 ? 7 : w.values == CTP_INT4 ? 3 : w.values == CTP_INT3 ? 2 : 1));
+  const int bits = w.values == CTP_INT8 ? 8 : w.values == CTP_INT4 ? 4 : w.values == CTP_INT3 ? 3 : 2;
+  set_digits(x, integers, w.symmetric ? 1 << (bits - 1) : 1);
   const int64_t units = (w.n + 3) / 4;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t p = 0; p < threads; ++p) {
