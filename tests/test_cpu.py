@@ -19,7 +19,7 @@ from .helpers import weight_for
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
 GROUPED = [name for name, format in FORMATS.items() if format.quantized]
-NAMES = [*FORMATS, *(name + suffix for name in GROUPED for suffix in ("-g64-asym", "-row", "-g32", "-g24"))]
+NAMES = [*FORMATS, *(name + suffix for name in GROUPED for suffix in ("-g64-asym", "-row", "-g72", "-g32", "-g24"))]
 #: Every pattern, and every way a value is read; for the tests that do not need the whole product.
 SOME = [
     "int4",

@@ -166,11 +166,17 @@ def cases() -> list[tuple[str, str, int, str, int]]:
 
 
 def every_case(dtype: str, gpu: int) -> list[tuple[str, str, int, str, int]]:
-    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations."""
+    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations; but not
+    where the rule sends a product to the dense one."""
     names = [name for name, format in TABLE.items() if format.quantized or format.values == dtype]
     names += [f"{name}-asym" for name in names if parse_format(name).quantized]
     rows = {"forward": (1, 2, 16, 32, 64, 128), "backward": (16, 32, 64), "dequantize": (1024,)}
-    return [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
+    found = [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
+    return [
+        case
+        for case in found
+        if case[3] == "dequantize" or plan_of(parse_format(case[0]), DTYPES[dtype], *case[2:]).kind != "dense"
+    ]
 
 
 def label(case: tuple[str, str, int, str, int]) -> str:
@@ -196,7 +202,7 @@ def sweep(dtype: str, gpu: int) -> None:
     for case in found:
         _, _, m, direction, _ = case
         kernel = measure(case)
-        tiles = direction == "backward" or (direction == "forward" and m > 2)
+        tiles = dtype != "fp32" and (direction == "backward" or (direction == "forward" and m > 2))
         fits = kernel["local_bytes"] == 0 and kernel["shared_bytes"] <= SHARED_MEMORY[gpu]
         if not fits or (tiles and not kernel["mma"] + kernel["wgmma"] + kernel["tcgen05"]):
             print(label(case), kernel, flush=True)

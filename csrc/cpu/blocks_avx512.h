@@ -70,7 +70,7 @@ inline __m512i codes64(const Weight& w, int64_t slot) {
   if constexpr (kStored == 64)
     fours = peek<uint64_t>(high + (slot >> 3));
   else if constexpr (kStored == 32)
-    fours = peek<uint32_t>(high + (slot >> 3));
+    fours = bits32_at(high, slot);
   else
     fours = bits_at(high, slot, w.stored_bytes >> 1);
   return _mm512_mask_add_epi8(pairs, fours, pairs, _mm512_set1_epi8(4));

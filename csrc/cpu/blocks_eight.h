@@ -131,8 +131,10 @@ struct Blocks {
   }
 
   static vi codes_at(const Weight& w, int64_t slot) {
-    return codes32<Values::kWidth>((const uint8_t*)w.stored + (slot * kLow >> 3),
-                                   (const uint8_t*)w.stored_hi + (slot >> 3));
+    const uint8_t *low = (const uint8_t*)w.stored + (slot * kLow >> 3), *high = (const uint8_t*)w.stored_hi;
+    if constexpr (Values::kWidth != 3) return codes32<Values::kWidth>(low, high);
+    const uint32_t ones = bits32_at(high, slot);
+    return codes32<Values::kWidth>(low, (const uint8_t*)&ones);
   }
 
   // 64 codes, in the words of strided(); codes of two and three bits: the even ones of eight, then the odd ones.

@@ -23,6 +23,13 @@ inline const uint8_t* bitmap(const Weight& w, int64_t row, int64_t k) {
   return w.mask + row * ((w.k + 7) >> 3) + (k >> 3);
 }
 
+// The 32 bits of a plane from `slot` on, a multiple of 4. No byte beyond them is read.
+inline uint32_t bits32_at(const uint8_t* plane, int64_t slot) {
+  const uint8_t* at = plane + (slot >> 3);
+  const uint32_t bits = peek<uint32_t>(at);
+  return slot & 4 ? bits >> 4 | (uint32_t)at[4] << 28 : bits;
+}
+
 struct Dense {
   static constexpr bool kSparse = false;
   static constexpr int kBlockStored = 64;
