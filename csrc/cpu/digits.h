@@ -1,9 +1,9 @@
 // One row of x by codes of W, as exact as fp32, in integers (AVX-512 VNNI).
 //
 // Over a segment of inputs (int8_codes.h) x becomes s times an integer of 31 bits, s a power of two, and that is four
-// signed digits of eight bits. Sums of digits times codes are exact, and take half the time of decoding codes to fp32.
-// What x loses lies 2^-31 below the largest of its segment: less than a sum in fp32 rounds away, unless nearly all
-// inputs are much smaller than that one. set_digits() then says no.
+// signed digits of eight bits. Sums of digits times codes are exact, and take fewer steps than codes turned into fp32.
+// What x loses lies 2^-30 below the largest of its segment: less than a sum in fp32 rounds away, unless nearly all
+// inputs are much smaller than that one. set_integers() then says no.
 #pragma once
 
 #include "int8_fields.h"
@@ -11,9 +11,6 @@
 namespace {
 
 #if defined(__AVX512F__)
-
-constexpr int64_t kDigitInputs = 4096;  // of a chunk: their digits stay in L1
-constexpr int64_t kDigitRows = 16;      // rows of W that meet them there
 
 // A row of x, in blocks of `fields` vectors of codes (int8_fields.h; where W has zeros, one vector of codes in order).
 struct Digits {
@@ -89,28 +86,29 @@ void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
   }
 }
 
-using DigitDots = void (*)(const Weight&, const Digits&, int64_t n, int64_t u0, int64_t u1, int64_t* slots,
-                           int64_t ahead, const float* scales, const float* zeros, int64_t padded, float* sums);
+// sums[r] += W[n + r, whole units] . x, for four r, where a unit is kBlocks blocks. slots[r]: where row n + r stands,
+// and then where it stands after them. scales[r * padded + s]: that of row r times that of x; zeros, if W is not
+// symmetric, likewise.
+using DigitDots = void (*)(const Weight&, const Digits&, int64_t n, int64_t* slots, const float* scales,
+                           const float* zeros, int64_t padded, float* sums);
 
-// sums[r * W] += lanes whose sum is W[n + r, units u0 .. u1 - 1) . x, for four r, where a unit is kBlocks blocks. slots
-// as in dots.h; scales[r * padded + s]: that of row r times that of x; zeros, if W is not symmetric, likewise.
 template <class Pattern, class Values, int kBlocks, bool kSymmetric>
-void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
-                const float* scales, const float* zeros, int64_t padded, float* sums) {
+void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t* slots, const float* scales, const float* zeros,
+                int64_t padded, float* sums) {
   constexpr int kR = 4, kFields = Fields<Pattern, Values::kWidth>::kFields;
   using B = FieldBlocks<Pattern, Values::kWidth>;
   B blocks[kR];
   vf acc[kR];
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r) {
-    blocks[r] = B(w, least(n + r, w.n - 1), u0 * x.unit, slots[r]);
-    acc[r] = load(sums + r * W);
+    blocks[r] = B(w, least(n + r, w.n - 1), 0, slots[r]);
+    acc[r] = zero();
   }
   const int shift = __builtin_ctzll((uint64_t)x.segment);
   const bool several = x.block() > x.segment;  // segments in a block
   const vi lanes = (iota() * (4 * kFields)) >> shift;
-  const int8_t* digits = x.digits + u0 * x.unit * 4;
-  for (int64_t u = u0; u < u1; ++u) {
+  const int8_t* digits = x.digits;
+  for (int64_t u = 0; u < x.units; ++u) {
     vi products[kR * 4];
 #pragma GCC unroll 16
     for (int j = 0; j < kR * 4; ++j) products[j] = no_sums();
@@ -118,7 +116,7 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
     for (int b = 0; b < kBlocks; ++b, digits += 16 * W * kFields) {
       Planes<Pattern, Values::kWidth> planes[kR];
 #pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r) planes[r] = blocks[r].next(w, ahead);
+      for (int r = 0; r < kR; ++r) planes[r] = blocks[r].next(w, 4 * w.k);
 #pragma GCC unroll 4
       for (int field = 0; field < kFields; ++field) {
         vi codes[kR];
@@ -137,29 +135,27 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       const vi* p = products + 4 * r;
-      const float *scale = scales + r * padded + s, *zero = zeros + r * padded + s;
+      const float *scale = scales + r * padded + s, *zero_code = zeros + r * padded + s;
       vi factor;
-      if constexpr (!kSymmetric) factor = (vi)(several ? spread(zero, lanes) : set1(*zero));
+      if constexpr (!kSymmetric) factor = (vi)(several ? spread(zero_code, lanes) : set1(*zero_code));
       const vf first = to_float((p[0] << 8) + p[1] - (kSymmetric ? high : high * factor));
       const vf last = to_float((p[2] << 8) + p[3] - (kSymmetric ? low : low * factor));
       acc[r] = fma(fma(last, set1(0x1p-16f), first), several ? spread(scale, lanes) : set1(*scale), acc[r]);
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kR; ++r) {
-    slots[r] = blocks[r].blocks.slot;
-    store(sums + r * W, acc[r]);
-  }
+  for (int r = 0; r < kR; ++r) slots[r] = blocks[r].blocks.slot;
+  sum4(acc[0], acc[1], acc[2], acc[3], sums);
 }
 
 template <class Pattern, class Values>
-void digit_rows(const Weight& w, const Digits& x, int64_t n, int64_t u0, int64_t u1, int64_t* slots, int64_t ahead,
-                const float* scales, const float* zeros, int64_t padded, float* sums) {
+void digit_rows(const Weight& w, const Digits& x, int64_t n, int64_t* slots, const float* scales, const float* zeros,
+                int64_t padded, float* sums) {
   const bool one = x.unit == x.block();
   DigitDots dots = one ? digit_dots<Pattern, Values, 1, true> : digit_dots<Pattern, Values, 2, true>;
   if constexpr (!Pattern::kSparse)
     if (!w.symmetric) dots = one ? digit_dots<Pattern, Values, 1, false> : digit_dots<Pattern, Values, 2, false>;
-  dots(w, x, n, u0, u1, slots, ahead, scales, zeros, padded, sums);
+  dots(w, x, n, slots, scales, zeros, padded, sums);
 }
 
 template <class Pattern, class Values>
@@ -197,32 +193,23 @@ template <class Decoder>
 void digit_part(const Job& job, const Decoder& decoder, const Digits& x, int64_t padded, const Part& part,
                 float* scratch) {
   const Weight& w = job.weight;
-  const int64_t chunk = kDigitInputs / x.unit, left = x.units * x.unit;
-  float *scales = scratch, *zeros = scales + kDigitRows * padded, *row = zeros + kDigitRows * padded;
-  for (int64_t n0 = part.column0; n0 < part.column1; n0 += kDigitRows) {
-    const int64_t count = least(kDigitRows, part.column1 - n0);
-    alignas(64) float sums[kDigitRows * W] = {};
-    int64_t slots[kDigitRows];
-    for (int64_t r = 0; r < round_up(count, 4); ++r) {
-      slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
-      segment_grids(w, x, least(n0 + r, w.n - 1), scales + r * padded, zeros + r * padded);
+  const int64_t left = x.units * x.unit;
+  float *scales = scratch, *zeros = scales + 4 * padded, *row = zeros + 4 * padded;
+  for (int64_t n = part.column0; n < part.column1; n += 4) {
+    float sums[4] = {};
+    int64_t slots[4];
+    for (int64_t r = 0; r < 4; ++r) {
+      slots[r] = decoder.start(w, least(n + r, w.n - 1), 0);
+      segment_grids(w, x, least(n + r, w.n - 1), scales + r * padded, zeros + r * padded);
     }
-    for (int64_t u = 0; u < x.units; u += chunk) {
-      const int64_t end = least(u + chunk, x.units), inputs = (end - u) * x.unit;
-      for (int64_t r = 0; r < count; r += 4)
-        decoder.digits(w, x, n0 + r, u, end, slots + r, r + 4 < count || end == x.units ? 4 * w.k : inputs - r * w.k,
-                       scales + r * padded, zeros + r * padded, padded, sums + r * W);
+    decoder.digits(w, x, n, slots, scales, zeros, padded, sums);
+    for (int64_t r = 0; r < 4 && left < w.k; ++r) {
+      vf rest = zero();
+      decoder.decode(w, least(n + r, w.n - 1), left, w.k, slots[r], 4 * w.k, row);
+      for (int64_t k = left; k < w.k; k += W) rest = fma(load(row + k - left), load(x.x + k), rest);
+      sums[r] += sum(rest);
     }
-    float out[kDigitRows];
-    for (int64_t r = 0; r < count; ++r) {
-      vf all = load(sums + r * W);
-      if (left < w.k) {
-        decoder.decode(w, n0 + r, left, w.k, slots[r], 4 * w.k, row);
-        for (int64_t k = left; k < w.k; k += W) all = fma(load(row + k - left), load(x.x + k), all);
-      }
-      out[r] = sum(all);
-    }
-    write_row(job, 0, n0, count, out);
+    write_row(job, 0, n, least(4, part.column1 - n), sums);
   }
 }
 
@@ -233,7 +220,7 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
   if (!in_digits(job)) return false;
   Digits x = digits_of(w);
   const int64_t whole = x.units * x.unit, inputs = round_up(w.k, W), padded = round_up(whole / x.segment, W);
-  const int64_t own = round_up(2 * kDigitRows * padded + x.unit + 2 * W, 16);
+  const int64_t own = round_up(8 * padded + x.unit + 2 * W, 16);
   float* memory = ctp::scratch((size_t)(inputs + 2 * whole + 2 * x.units * W + round_up(padded, 16) + threads * own));
   if (!memory) return false;
   x.digits = (int8_t*)memory;
