@@ -30,6 +30,9 @@ from .soft import SoftPrompt, embedding_table, init_prompt
 from .state import State, lines, resumed, save
 
 LOG, CURVE = "log.jsonl", "curve.png"
+#: Gradients of a mean over thousands of tokens are multiplied by this on their way through an fp16 model: they would
+#: fall below its range. A power of two, divided out in fp32.
+FP16_SCALE = 1024.0
 
 
 @dataclass
@@ -141,7 +144,9 @@ def train_prompt(
         norm = float(nn.utils.clip_grad_norm_([relative], clip))
         if not (math.isfinite(value) and math.isfinite(norm)):
             kept = f"; the state of step {state.history[-1]['step']} is kept in {work}" if work is not None else ""
-            raise CTPError(f"the loss is {value} at step {state.step} (lr {rate:.3g}): lower the learning rate{kept}")
+            what = "gradient is not finite" if math.isfinite(value) else f"loss is {value}"
+            advice = "load the model in bf16 or fp32" if table.dtype == torch.float16 else "lower the learning rate"
+            raise CTPError(f"the {what} at step {state.step} (lr {rate:.3g}): {advice}{kept}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -180,6 +185,7 @@ def _accumulate(
     """Add the gradient of the step's mean token loss to `relative`, part by part; return the loss."""
     table = embedding_table(model)
     total = sum(int(train.scored[part, 1:].sum()) for part in parts)
+    scale = FP16_SCALE if table.dtype == torch.float16 else 1.0
     value = 0.0
     for part in parts:
         ids = train.ids[part].to(table.device)
@@ -195,8 +201,10 @@ def _accumulate(
                 wanted = prompted_logits(teacher, ids[:, :-1])[scored].float().log_softmax(-1)
             reached = logits[scored].float().log_softmax(-1)
             summed = nn.functional.kl_div(reached, wanted, log_target=True, reduction="sum")
-        (summed / total).backward()
+        (summed / total * scale).backward()
         value += summed.item() / total
+    assert relative.grad is not None
+    relative.grad /= scale
     return value
 
 
