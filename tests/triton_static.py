@@ -166,8 +166,10 @@ def cases() -> list[tuple[str, str, int, str, int]]:
 
 
 def every_case(dtype: str, gpu: int) -> list[tuple[str, str, int, str, int]]:
-    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations; but not
-    where the rule sends a product to the dense one."""
+    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations.
+
+    Without those that the rule leaves to the dense product.
+    """
     names = [name for name, format in TABLE.items() if format.quantized or format.values == dtype]
     names += [f"{name}-asym" for name in names if parse_format(name).quantized]
     rows = {"forward": (1, 2, 16, 32, 64, 128), "backward": (16, 32, 64), "dequantize": (1024,)}
