@@ -63,7 +63,7 @@ bool set_integers(float* x, int64_t segment, float* scale) {
   return true;
 }
 
-// The digits of the integers that set_integers() left, from unit `from` on.
+// The digits of the integers that set_integers() left, and what codes of `zero_code` would add up to.
 void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
   const __m512i lanes = (__m512i)(iota() * x.fields), bias = _mm512_set1_epi32(0x808080);
   int8_t* out = x.digits;
@@ -184,7 +184,8 @@ void segment_grids(const Weight& w, const Digits& x, int64_t row, float* out, fl
       const int64_t i = first + s * x.segment / w.group;
       out[s] = x.scales[s] *
                (w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i]);
-      if (!w.symmetric) ((int32_t*)zeros)[s] = w.zeros[i];
+      const int32_t zero_code = w.symmetric ? 0 : w.zeros[i];
+      memcpy(zeros + s, &zero_code, sizeof zero_code);
     }
   }
 }
