@@ -37,11 +37,8 @@ struct Planes {
     if constexpr (Pattern::kSparse || kBits == 8) return low;
     const vi mask = no_sums() + (int32_t)(((1u << kWidth) - 1) * 0x01010101u), codes = low >> (kWidth * field);
     if constexpr (kBits != 3) return codes & mask;
-    return masked_or(codes, mask,
-                     field == 0   ? fours<0>(high)
-                     : field == 1 ? fours<1>(high)
-                     : field == 2 ? fours<2>(high)
-                                  : fours<3>(high));
+    const vi fours = field < 2 ? high << (2 - field) : high >> (field - 2);
+    return masked_or(codes, mask, fours & (no_sums() + 0x04040404));
   }
 };
 

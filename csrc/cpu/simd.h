@@ -26,7 +26,6 @@
 //   spread(p, index)                         lane i = p[index[i]]; reads p[0 .. W)
 //   nibbles(p)                               4 W half bytes, one a byte, low ones first
 //   load_bytes(p) repeat4(p)                 4 W bytes; 4 bytes, W times
-//   fours<j>(v)                              4 in every byte of v, all below 16, whose bit j is set, else 0
 //   masked_or(v, mask, other)                (v & mask) | other
 //   dot4<B>(sums, codes, x)                  lane i += the products of bytes 4 i .. 4 i + 3: B-bit codes by signed x
 //   expand_bytes(bytes, bits)                byte i takes the next byte where bit i is set, zero where it is not

@@ -155,10 +155,6 @@ inline vi widen_bytes(const void* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl
 inline vi widen_words(const void* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline vi load_bytes(const void* p) { return (vi)_mm256_loadu_si256((const __m256i*)p); }
 inline vi repeat4(const void* p) { return (vi)_mm256_set1_epi32(peek<int32_t>(p)); }
-template <int kBit>
-inline vi fours(vi v) {
-  return (kBit < 2 ? v << (kBit < 2 ? 2 - kBit : 0) : v >> (kBit < 2 ? 0 : kBit - 2)) & (no_sums() + 0x04040404);
-}
 inline vi masked_or(vi v, vi mask, vi other) { return (v & mask) | other; }
 template <int kBits>
 inline vi dot4(vi sums, vi codes, vi x) {

@@ -173,17 +173,6 @@ typedef int32_t vi __attribute__((vector_size(64)));  // not __m512i: GCC keeps 
 inline vi no_sums() { return vi{}; }
 inline vi load_bytes(const void* p) { return (vi)_mm512_loadu_si512(p); }
 inline vi repeat4(const void* p) { return (vi)_mm512_set1_epi32(peek<int32_t>(p)); }
-template <int kBit>
-inline vi fours(vi v) {
-  alignas(16) static constexpr auto table = [] {
-    struct {
-      uint8_t at[16];
-    } t{};
-    for (int i = 0; i < 16; ++i) t.at[i] = (uint8_t)((i >> kBit & 1) << 2);
-    return t;
-  }();
-  return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.at)), (__m512i)v);
-}
 inline vi masked_or(vi v, vi mask, vi other) {
   return (vi)_mm512_ternarylogic_epi32((__m512i)v, (__m512i)mask, (__m512i)other, 0xea);
 }

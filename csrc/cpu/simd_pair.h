@@ -81,10 +81,6 @@ struct Grid {
 inline vi no_sums() { return vi{}; }
 inline vi load_bytes(const void* p) { return {peek<vi::Half>(p), peek<vi::Half>((const char*)p + 16)}; }
 inline vi repeat4(const void* p) { return peek<int32_t>(p); }
-template <int kBit>
-inline vi fours(vi v) {
-  return (kBit < 2 ? v << (kBit < 2 ? 2 - kBit : 0) : v >> (kBit < 2 ? 0 : kBit - 2)) & (no_sums() + 0x04040404);
-}
 inline vi masked_or(vi v, vi mask, vi other) { return (v & mask) | other; }
 
 inline vi widen_bytes(const void* p);  // as the processor does it best
