@@ -22,7 +22,8 @@ def plot_all(folder: Path) -> list[Path]:
         written.append(plot_roofline(read(folder / "kernels.csv"), folder))
     if (folder / "gpu_kernels.csv").exists():
         rows = [row for row in read(folder / "gpu_kernels.csv") if row["mode"] == "graph" and row["dtype"] == "bf16"]
-        written.append(plot_kernels(rows, folder / "gpu_kernels.png"))
+        if rows:
+            written.append(plot_kernels(rows, folder / "gpu_kernels.png"))
     if (folder / "decode.csv").exists():
         written.append(plot_decode(read(folder / "decode.csv"), folder / "decode.png"))
     if (folder / "prompt_length.csv").exists():
@@ -75,7 +76,8 @@ def plot_roofline(rows: list[dict[str, str]], folder: Path) -> Path:
     for label, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", linestyle="", label=label)
     bandwidth, peak = float(roof["gb_per_s"]), float(roof["gflop_per_s"])
-    ends = [min(min(points)[0] for points in lines.values()), max(max(points)[0] for points in lines.values())]
+    intensities = [x for points in lines.values() for x, _ in points] or [peak / bandwidth]
+    ends = [min(intensities), max(intensities)]
     corner = sorted({*ends, min(max(peak / bandwidth, ends[0]), ends[1])})
     axis.plot(corner, [min(peak, bandwidth * x) for x in corner], color="black", label="limit")
     axis.set(xlabel="FLOP per byte", ylabel="GFLOP/s", xscale="log", yscale="log", title="forward")

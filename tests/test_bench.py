@@ -72,3 +72,16 @@ def test_decoding_gives_the_tokens_of_generate(setup, prompt_tokens, format):
     options = {"max_new_tokens": test_decode.STEPS + 1, "eos_token_id": None, "pad_token_id": 0}
     expected = generate_ids(net, ids, torch.ones_like(ids), prompt, **options)
     assert torch.equal(decoding.round(), expected) and torch.equal(decoding.round(), expected)
+
+
+@pytest.mark.parametrize("file, format, direction", [
+    ("kernels", "int3, int8 activations", "forward"), ("kernels", "int4", "dX"), ("gpu_kernels", "int4", "forward")
+])  # fmt: skip
+def test_a_run_of_a_few_benchmarks_is_drawn(file, format, direction, tmp_path):
+    """Without what the roofline shows, or the mode that the picture of a GPU's kernels shows."""
+    row = {"format": format, "direction": direction, "n": 64, "k": 64, "rows": 1, "speedup": 2.0, "gflop_per_s": 3.0,
+           "gb_per_s": 4.0, "mode": "eager", "dtype": "bf16"}  # fmt: skip
+    write_csv(tmp_path / f"{file}.csv", [row])
+    (tmp_path / "machine.json").write_text('{"gb_per_s": 30, "gflop_per_s": 200}')
+    drawn = {path.name for path in plot.plot_all(tmp_path)}
+    assert drawn == ({"kernels.png", "roofline.png"} if file == "kernels" else set())
