@@ -10,6 +10,12 @@ namespace {
 
 inline vi repeated(uint32_t word) { return no_sums() + (int32_t)word; }
 
+// The low byte of every word of v, four times; the others are zero.
+inline vi four_times(vi v) {
+  const vi twice = v | v << 8;
+  return twice | twice << 16;
+}
+
 // Bytes of v of which every bit of `bits` is set become `then`, the others zero.
 inline vi where_set(vi v, uint32_t bits, uint32_t then) {
   return (vi)((Bytes)(v & repeated(bits)) == (Bytes)repeated(bits)) & repeated(then);
@@ -20,11 +26,11 @@ template <int kBits>
 inline vi codes32(const uint8_t* low, const uint8_t* high) {
   if constexpr (kBits == 8) return load_bytes(low);
   if constexpr (kBits == 4) return nibbles(low);
-  const vi fours = widen_bytes(low) * 0x01010101;  // a byte of four codes, four times
+  const vi fours = four_times(widen_bytes(low));  // a byte of four codes
   const vi pairs = where_set(fours, 0x40100401, 0x01010101) | where_set(fours, 0x80200802, 0x02020202);
   if constexpr (kBits == 2) return pairs;
   const vi shifts = {0, 4, 8, 12, 16, 20, 24, 28};
-  const vi ones = ((repeat4(high) >> shifts) & 15) * 0x01010101;
+  const vi ones = four_times((repeat4(high) >> shifts) & 15);
   return pairs | where_set(ones, 0x08040201, 0x04040404);
 }
 
@@ -149,7 +155,7 @@ struct Blocks {
       const vi pairs = widen_words(low + (slot >> 2));
       part[0] = (pairs & repeated(0x3333)) | (pairs << 14 & repeated(0x33330000));
       if constexpr (Values::kWidth == 3) {
-        const vi ones = widen_bytes((const uint8_t*)w.stored_hi + (slot >> 3)) * 0x01010101;
+        const vi ones = four_times(widen_bytes((const uint8_t*)w.stored_hi + (slot >> 3)));
         part[0] = part[0] | where_set(ones, 0x20021001, 0x04040404) | where_set(ones, 0x80084004, 0x40404040);
       }
     }
