@@ -175,7 +175,7 @@ struct Blocks {
   static constexpr bool kUnpacks = kScaled && Pattern::kSparse && !Pattern::kBlockStored;
 
   // Codes from a multiple of 8 on, one a byte, for `next`: a block ahead, because bytes that were just stored 32 at a
-  // time cannot be loaded eight at a time before they have reached L1 (a third of the speed; Zen 4).
+  // time cannot be loaded eight at a time before they have reached L1 (Zen 4).
   struct Unpacked {
     uint8_t codes[2][kMost + 48];
   };

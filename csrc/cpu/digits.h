@@ -222,21 +222,20 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
   Digits x = digits_of(w);
   const int64_t whole = x.units * x.unit, inputs = round_up(w.k, W), padded = round_up(whole / x.segment, W);
   const int64_t own = round_up(8 * padded + x.unit + 2 * W, 16);
-  float* memory = ctp::scratch((size_t)(inputs + 2 * whole + 2 * x.units * W + round_up(padded, 16) + threads * own));
+  float* memory = ctp::scratch((size_t)(inputs + 2 * whole + 2 * x.units * W + padded + threads * own));
   if (!memory) return false;
   x.digits = (int8_t*)memory;
   x.zeros = (int32_t*)(memory + whole);
   int32_t* integers = x.zeros + 2 * x.units * W;
   x.x = (float*)(integers + whole);
   x.scales = x.x + inputs;
-  float* rest = x.scales + round_up(padded, 16);
+  float* rest = x.scales + padded;
   read_row(job.x, job.dtype, w.k, x.x);
   memcpy(integers, x.x, sizeof(float) * (size_t)whole);
   memset(x.scales, 0, sizeof(float) * (size_t)padded);
   for (int64_t s = 0; s < whole / x.segment; ++s)
     if (!set_integers((float*)integers + s * x.segment, x.segment, x.scales + s)) return false;
-  const int bits = w.values == CTP_INT8 ? 8 : w.values == CTP_INT4 ? 4 : w.values == CTP_INT3 ? 3 : 2;
-  set_digits(x, integers, w.symmetric ? 1 << (bits - 1) : 1);
+  set_digits(x, integers, w.symmetric ? 1 << (bits_of(w) - 1) : 1);
   const int64_t units = (w.n + 3) / 4;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t p = 0; p < threads; ++p) {

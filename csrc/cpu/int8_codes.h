@@ -88,6 +88,10 @@ constexpr Codes codes_of() {
 
 // ---- Activations --------------------------------------------------------------------------------------------------
 
+inline int bits_of(const Weight& w) {
+  return w.values == CTP_INT8 ? 8 : w.values == CTP_INT4 ? 4 : w.values == CTP_INT3 ? 3 : 2;
+}
+
 inline int64_t segment_of(const Weight& w) { return w.groups == 1 ? 128 : least(w.group & -w.group, 128); }
 
 // out[4 W j + b] = q[fields * b + j] in each block of 4 W fields inputs
@@ -147,12 +151,11 @@ void quantize_row(const Job& job, const Quantized& x, int64_t row, int fields) {
 // scales[s] = sw and offsets[s] = -sw zero of a row of W for each segment, then zeros up to a multiple of W
 void weight_grid(const Weight& w, const Quantized& x, int64_t row, float* scales, float* offsets) {
   const int64_t size = w.scale_dtype == CTP_FP16 ? 2 : 4;
-  const int bits = w.values == CTP_INT8 ? 8 : w.values == CTP_INT4 ? 4 : w.values == CTP_INT3 ? 3 : 2;
   const int64_t segments = w.groups == 1 ? x.segments : w.group / x.segment;  // a group
   read_row((const char*)w.scales + row * w.groups * size, w.scale_dtype, w.groups, scales);
   if (w.symmetric) {
     for (int64_t g = 0; g < round_up(w.groups, W); g += W)
-      store(offsets + g, fma(load(scales + g), set1((float)-(1 << (bits - 1))), zero()));
+      store(offsets + g, fma(load(scales + g), set1((float)-(1 << (bits_of(w) - 1))), zero()));
   } else {
     for (int64_t g = 0; g < w.groups; ++g) offsets[g] = -scales[g] * (float)w.zeros[row * w.groups + g];
   }

@@ -7,8 +7,11 @@
 //   kDotRows                                 rows of x in the register tile of the dot kernel (by 4 rows of weight)
 //   kDotLimit                                rows of x up to which the dot kernel beats the panel kernel (measured at
 //                                            K = 2048 and 8192: int4, fp32, 50 % bf16; Ice Lake)
+//   kDotSums, kDotMost                       sums of the kernel that decodes in registers: to hide the latency of an add,
+//                                            and as many as stay in registers
 //   kSkipVectors, kSkipFours                 vectors of rows in a slice of skip.h; up to how many of them take four sums
 //   load store zero set1 add mul fma sum     as named; fma(a, b, c) = a * b + c
+//   held_load(p)                             load, and not again for every use (GCC would, to save registers)
 //   repeat(p) pick<i>(v)                     p[0 .. 4) again and again; element i of that in every lane
 //   sum4(a, b, c, d, out)                    out[0..3] += the four sums
 //   first(v, count)                          lanes below count, zeros above
@@ -102,4 +105,19 @@ constexpr SetLanes kSetLanes;
 #include "simd_neon.h"
 #else
 #include "simd_portable.h"
+#endif
+
+#if !defined(__AVX512F__)
+namespace {
+
+template <int B>
+struct Grid {
+  vf scale, zero;
+  int pruned;
+  Grid() = default;
+  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)), pruned((int)zero) {}
+  vf operator()(vf codes) const { return scale * (to_float((vi)codes) - zero); }
+};
+
+}  // namespace
 #endif

@@ -123,17 +123,6 @@ inline vf codes3(const uint8_t* low, const uint8_t* high) {
   return _mm256_or_ps(codes2<S>(low), as_float(_mm256_and_si256(fours, _mm256_set1_epi32(4))));
 }
 
-template <int B>
-struct Grid {
-  vf scale, zero;
-  int pruned;
-  Grid() = default;
-  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)), pruned((int)zero) {}
-  vf operator()(vf codes) const {
-    return _mm256_mul_ps(scale, _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(codes)), zero));
-  }
-};
-
 inline void transpose4(const float* src, int64_t lds, float* dst, int64_t ldd) {
   __m256 r[4];  // 128-bit lane l of r[i] is row 4 l + i
   for (int i = 0; i < 4; ++i) {

@@ -69,15 +69,6 @@ inline void to_bf16(uint16_t* p, vf v) {
   }
 }
 
-template <int B>
-struct Grid {
-  vf scale, zero;
-  int pruned;
-  Grid() = default;
-  Grid(float scale, float zero) : scale(set1(scale)), zero(set1(zero)), pruned((int)zero) {}
-  vf operator()(vf codes) const { return scale * (to_float((vi)codes) - zero); }
-};
-
 inline vi no_sums() { return vi{}; }
 inline vi load_bytes(const void* p) { return {peek<vi::Half>(p), peek<vi::Half>((const char*)p + 16)}; }
 inline vi repeat4(const void* p) { return peek<int32_t>(p); }
