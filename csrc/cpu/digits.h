@@ -17,7 +17,7 @@ struct Digits {
   int fields;
   int64_t segment, unit, units;  // inputs of a segment; of what shares sums, a block or a segment; how many in K
   int8_t* digits;                // four vectors for each vector of codes, the digit that counts most first
-  int32_t* zeros;  // two vectors for each unit: what codes for zero would add to the first and last two, or
+  int32_t* zeros;  // two vectors for each unit: less what codes for zero would add to the first and last two, or
                    // codes of 1, if W is not symmetric
   float* scales;   // s 2^16 of each segment
   float* x;        // fp32; zeros past K
@@ -63,7 +63,7 @@ bool set_integers(float* x, int64_t segment, float* scale) {
   return true;
 }
 
-// The digits of the integers that set_integers() left, and what codes of `zero_code` would add up to.
+// The digits of the integers that set_integers() left, and less what codes of `zero_code` would add up to.
 void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
   const __m512i lanes = (__m512i)(iota() * x.fields), bias = _mm512_set1_epi32(0x808080);
   int8_t* out = x.digits;
@@ -82,8 +82,16 @@ void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
       }
     for (int half = 0; half < 2; ++half)
       _mm512_storeu_si512(x.zeros + (2 * u + half) * W,
-                          (__m512i)(((sums[2 * half] << 8) + sums[2 * half + 1]) * zero_code));
+                          (__m512i)(((sums[2 * half] << 8) + sums[2 * half + 1]) * -zero_code));
   }
+}
+
+// 2^8 first + second, where first is a sum of products of two blocks' digits with codes of kBits bits
+template <int kBits>
+inline vi join(vi first, vi second) {
+  if constexpr (kBits == 8) return (first << 8) + second;
+  // It has 16 bits: 2 blocks of up to 4 fields of 4 products below 2^4 2^7.
+  return (vi)_mm512_dpwssd_epi32((__m512i)second, (__m512i)first, _mm512_set1_epi32(1 << 8));
 }
 
 // sums[r] += W[n + r, whole units] . x, for four r, where a unit is kBlocks blocks. slots[r]: where row n + r stands,
@@ -109,9 +117,11 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t* slots, con
   const vi lanes = (iota() * (4 * kFields)) >> shift;
   const int8_t* digits = x.digits;
   for (int64_t u = 0; u < x.units; ++u) {
+    const vi high = load_bytes(x.zeros + 2 * u * W), low = load_bytes(x.zeros + (2 * u + 1) * W);
     vi products[kR * 4];
 #pragma GCC unroll 16
-    for (int j = 0; j < kR * 4; ++j) products[j] = no_sums();
+    for (int j = 0; j < kR * 4; ++j)
+      products[j] = kSymmetric && j % 4 == 1 ? high : kSymmetric && j % 4 == 3 ? low : no_sums();
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b, digits += 16 * W * kFields) {
       Planes<Pattern, Values::kWidth> planes[kR];
@@ -130,17 +140,19 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t* slots, con
         }
       }
     }
-    const vi high = load_bytes(x.zeros + 2 * u * W), low = load_bytes(x.zeros + (2 * u + 1) * W);
     const int64_t s = u * x.unit >> shift;
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       const vi* p = products + 4 * r;
       const float *scale = scales + r * padded + s, *zero_code = zeros + r * padded + s;
-      vi factor;
-      if constexpr (!kSymmetric) factor = (vi)(several ? spread(zero_code, lanes) : set1(*zero_code));
-      const vf first = to_float((p[0] << 8) + p[1] - (kSymmetric ? high : high * factor));
-      const vf last = to_float((p[2] << 8) + p[3] - (kSymmetric ? low : low * factor));
-      acc[r] = fma(fma(last, set1(0x1p-16f), first), several ? spread(scale, lanes) : set1(*scale), acc[r]);
+      vi first = join<Values::kWidth>(p[0], p[1]), last = join<Values::kWidth>(p[2], p[3]);
+      if constexpr (!kSymmetric) {
+        const vi factor = (vi)(several ? spread(zero_code, lanes) : set1(*zero_code));
+        first = first + high * factor;
+        last = last + low * factor;
+      }
+      acc[r] = fma(fma(to_float(last), set1(0x1p-16f), to_float(first)), several ? spread(scale, lanes) : set1(*scale),
+                   acc[r]);
     }
   }
 #pragma GCC unroll 4

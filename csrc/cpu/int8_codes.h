@@ -1,12 +1,9 @@
-// Both sides of a product of integers: codes of W, one a byte, and rows of x rounded to 8 bits (see ctp.h).
+// Codes of W, one a byte.
 #pragma once
 
 #include "dots.h"
-#include "rows.h"
 
 namespace {
-
-// ---- Codes, one a byte --------------------------------------------------------------------------------------------
 
 // Byte i of the result is code i of eight codes of kBits bits.
 template <int kBits>
@@ -84,87 +81,6 @@ constexpr Codes codes_of() {
     return decode_codes<Pattern, Values::kWidth>;
   else
     return nullptr;
-}
-
-// ---- Activations --------------------------------------------------------------------------------------------------
-
-inline int bits_of(const Weight& w) {
-  return w.values == CTP_INT8 ? 8 : w.values == CTP_INT4 ? 4 : w.values == CTP_INT3 ? 3 : 2;
-}
-
-inline int64_t segment_of(const Weight& w) { return w.groups == 1 ? 128 : least(w.group & -w.group, 128); }
-
-// out[4 W j + b] = q[fields * b + j] in each block of 4 W fields inputs
-void reorder_fields(const int8_t* q, int64_t count, int fields, int8_t* out) {
-  for (int64_t k = 0; k + 4 * W * fields <= count; k += 4 * W * fields)
-    for (int j = 0; j < fields; ++j)
-      for (int b = 0; b < 4 * W; ++b) out[k + 4 * W * j + b] = q[k + fields * b + j];
-}
-
-struct Quantized {
-  int64_t segment, segments, padded;  // inputs a segment; segments a row, and the same rounded up to W
-  int64_t ldq;                        // bytes from a row of q to the next
-  int8_t* q;                          // (m, ldq), zeros from K on
-  int8_t* fields;                     // the same in the order of int8_fields.h, or NULL where nobody wants it
-  float *scales, *sums;               // (m, padded): sx, and sx times the sum of q; zeros from `segments` on
-};
-
-// q[0 .. segment) = x / scale, rounded to nearest even, for a segment of x
-void quantize(const float* x, int64_t segment, int8_t* q, float* scale, float* scaled_sum) {
-  constexpr int kLanes = 8;
-  int32_t tops[kLanes] = {}, totals[kLanes] = {}, top = 0, total = 0;
-  for (int64_t i = 0; i < segment; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const int32_t magnitude = peek<int32_t>(x + i + j) & 0x7fffffff;  // a NaN is larger than every number
-      tops[j] = magnitude > tops[j] ? magnitude : tops[j];
-    }
-  for (int j = 0; j < kLanes; ++j) top = tops[j] > top ? tops[j] : top;
-  const float largest = peek<float>(&top);
-  const float inverse = largest < 1e-36f ? 0 : 127 / largest;  // below: 127 / largest may overflow
-  *scale = top >= 0x7f800000 ? __builtin_nanf("") : largest < 1e-36f ? 0 : largest / 127;
-  for (int64_t i = 0; i < segment; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const float shifted = x[i + j] * inverse + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
-      const int8_t rounded = (int8_t)(peek<int32_t>(&shifted) & 0xff);
-      q[i + j] = rounded;
-      totals[j] += rounded;
-    }
-  for (int j = 0; j < kLanes; ++j) total += totals[j];
-  *scaled_sum = *scale * (float)total;
-}
-
-void quantize_row(const Job& job, const Quantized& x, int64_t row, int fields) {
-  alignas(64) float wide[128 + W];
-  int8_t* q = x.q + row * x.ldq;
-  float *scales = x.scales + row * x.padded, *sums = x.sums + row * x.padded;
-  for (int64_t s = 0; s < x.segments; ++s) {
-    const int64_t k = s * x.segment, count = least(x.segment, job.weight.k - k);
-    if (count < x.segment) memset(wide, 0, sizeof wide);
-    read_row(x_at(job, row, k), job.dtype, count, wide);
-    quantize(wide, x.segment, q + k, scales + s, sums + s);
-  }
-  memset(q + x.segments * x.segment, 0, (size_t)(x.ldq - x.segments * x.segment));
-  for (int64_t s = x.segments; s < x.padded; ++s) scales[s] = sums[s] = 0;
-  if (x.fields) reorder_fields(q, job.weight.k, fields, x.fields + row * x.ldq);
-}
-
-// scales[s] = sw and offsets[s] = -sw zero of a row of W for each segment, then zeros up to a multiple of W
-void weight_grid(const Weight& w, const Quantized& x, int64_t row, float* scales, float* offsets) {
-  const int64_t size = w.scale_dtype == CTP_FP16 ? 2 : 4;
-  const int64_t segments = w.groups == 1 ? x.segments : w.group / x.segment;  // a group
-  read_row((const char*)w.scales + row * w.groups * size, w.scale_dtype, w.groups, scales);
-  if (w.symmetric) {
-    for (int64_t g = 0; g < round_up(w.groups, W); g += W)
-      store(offsets + g, fma(load(scales + g), set1((float)-(1 << (bits_of(w) - 1))), zero()));
-  } else {
-    for (int64_t g = 0; g < w.groups; ++g) offsets[g] = -scales[g] * (float)w.zeros[row * w.groups + g];
-  }
-  if (segments > 1)
-    for (int64_t s = x.segments - 1; s >= 0; --s) {
-      scales[s] = scales[s / segments];
-      offsets[s] = offsets[s / segments];
-    }
-  for (int64_t s = x.segments; s < x.padded; ++s) scales[s] = offsets[s] = 0;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "int8_codes.h"
+#include "quantize.h"
 
 namespace {
 

@@ -35,6 +35,7 @@ struct Decoder {
   // int8.h
   Codes codes;
   FieldRows fields;
+  PanelCodes panel;
   // digits.h, where it has its instructions
   DigitDots digits;
 };
@@ -50,6 +51,7 @@ struct Composed {
                                        kBrainRow<Pattern, Values>,
                                        codes_of<Pattern, Values>(),
                                        fields_by<Pattern, Values>(),
+                                       panel_by<Pattern, Values>(),
                                        digits_by<Pattern, Values>()};
 };
 
