@@ -15,6 +15,7 @@ from ctp_kernels import PackedLinear, __version__, as_format, explain
 from ctp_kernels.checkpoints import read_manifest, save_packed
 from ctp_kernels.checkpoints.manifest import MANIFEST
 from ctp_kernels.errors import CTPError
+from ctp_kernels.files import check_output
 from ctp_kernels.fuse import fuse
 from ctp_kernels.patch import Explanation
 
@@ -22,6 +23,7 @@ from .compress import CompressReport, compress_model
 from .compress.solver import NEEDS_INPUTS
 from .data import token_windows
 from .model import context_length, load_model
+from .prompt.soft import CONFIG
 from .prompt.train import train_prompt
 
 
@@ -48,7 +50,7 @@ def compress_to_folder(
     table is `layers.csv` beside the weights (and at `csv_path`). `options` go to `compress_model`.
     """
     began = time.perf_counter()
-    output = Path(output)
+    output = check_output(output, MANIFEST, model)
     fmt = as_format(format)
     if method == "auto":
         method = "gptq" if fmt.pattern == "dense" else "sparsegpt"
@@ -107,6 +109,7 @@ def train_to_folder(
     The train split is learned from, the valid split chooses the checkpoint. `loss="kl"` distils from `teacher`, by
     default the dense model that the packed one was compressed from. `options` go to `train_prompt`.
     """
+    output = check_output(output, CONFIG, model)
     where = placement(device, dtype)
     net, tokenizer = load_model(model, **where)
     train = token_windows(data, tokenizer, length, split="train")

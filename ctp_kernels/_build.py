@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -192,7 +192,7 @@ def _call(command: tuple[str, ...]) -> str:
 
 def load(name: str) -> ctypes.CDLL:
     """libctp_<name>, compiled first where it is missing or stale. Raises BuildError."""
-    cached = Path.home() / ".cache" / "ctp_kernels" / f"{fingerprint(name):08x}"
+    cached = Path(os.path.expanduser("~")) / ".cache" / "ctp_kernels" / f"{fingerprint(name):08x}"
     stale = None
     for folder in (cached,) if SANITIZE else (LIBRARIES, cached):
         path = folder / f"libctp_{name}.so"
@@ -263,9 +263,9 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def build_all(package: Path, objects: Path) -> None:
-    """Build both libraries into `package`/lib, and print for each where it is or why it is not."""
-    for name in ("cpu", "cuda"):
+def build_all(package: Path, objects: Path, names: Sequence[str] = ("cpu", "cuda")) -> None:
+    """Build the libraries into `package`/lib, and print for each where it is or why it is not."""
+    for name in names:
         try:
             print(f"ctp-kernels: built {build(name, package / 'lib', objects / name)}")
         except BuildError as error:
@@ -273,4 +273,7 @@ def build_all(package: Path, objects: Path) -> None:
 
 
 if __name__ == "__main__":
-    build_all(PACKAGE, PACKAGE.parent / "build" / "kernels")
+    wanted = sys.argv[1:] or ["cpu", "cuda"]
+    if not {*wanted} <= {"cpu", "cuda"}:
+        sys.exit("usage: python -m ctp_kernels._build [cpu] [cuda]")
+    build_all(PACKAGE, PACKAGE.parent / "build" / "kernels", wanted)

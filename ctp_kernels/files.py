@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -14,16 +15,35 @@ from typing import Any
 from .errors import CTPError
 
 
+def check_output(target: str | Path, marker: str | None = None, source: str | Path | None = None) -> Path:
+    """The folder that `target` names, through links, if it may be written or replaced as a whole; for long work, ask
+    before it begins.
+
+    Raises CTPError where it is a file; the current folder, or one above; a folder that is not empty and lacks the file
+    `marker`, so that somebody else's files would be lost; or holds what is being read, `source`.
+    """
+    folder = Path(os.path.realpath(target))
+    if folder.exists() and not folder.is_dir():
+        raise CTPError(f"{target} is a file, not a folder: choose another output")
+    if Path.cwd().is_relative_to(folder):
+        raise CTPError(f"{target} is the current folder or one above it: choose another output")
+    if source is not None and os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(folder):
+        raise CTPError(f"{target} holds what is being read, {source}: choose another output")
+    if marker is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise CTPError(f"{target} holds other files (and no {marker}), which would be lost: choose another output")
+    return folder
+
+
 @contextlib.contextmanager
-def staged_folder(target: str | Path) -> Iterator[Path]:
+def staged_folder(target: str | Path, marker: str | None = None) -> Iterator[Path]:
     """A staging folder beside `target` that takes its place when the block ends well, and is removed otherwise.
 
-    An older folder of that name is replaced as a whole. Raises CTPError where the parent cannot be written.
+    An older folder of that name is replaced as a whole, if check_output() allows it: it is first renamed to
+    `.<name>.old-...`, where a crash between the two renames would leave it. Raises CTPError, also where the parent
+    cannot be written.
     """
-    target = Path(target)
+    target = check_output(target, marker)
     staging = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    if target.exists() and not target.is_dir():
-        raise CTPError(f"{target} is a file, not a folder: choose another output")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -37,7 +57,11 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         if target.exists():
             old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
             target.rename(old)
-            staging.rename(target)
+            try:
+                staging.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             staging.rename(target)
@@ -62,7 +86,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    """JSON as every reader takes it: a number that is not finite becomes null."""
+    write_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _fsync(path: Path) -> None:

@@ -7,9 +7,11 @@ dicts, checkpoints, `unpatch_model` and `explain` see what they would see withou
 
 The parts are called one by one with the same tensor. The first call multiplies for all of them and keeps the other
 parts' outputs until they are asked for with that very tensor, unchanged since, and in the same grad mode; any other
-input is multiplied anew. So no assumption is made about the order of the calls, and a model that calls only some parts
-is right, if slower. (Under torch.compile and inference_mode a tensor's version cannot be read: there, changing the
-input in place between two parts' calls would go unseen. No model of transformers does.)
+input is multiplied anew. So no assumption is made about the order of the calls, and a model that calls only some
+parts is right, if slower. The parts share one graph, so that their outputs go backward together, as a model's loss
+does: backward() of one and then of another part's output needs retain_graph. (Under torch.compile and inference_mode
+a tensor's version cannot be read: there, changing the input in place between two parts' calls would go unseen. No
+model of transformers does.)
 """
 
 from __future__ import annotations
@@ -70,9 +72,10 @@ class FusedGroup:
         names = self.parts[0].format.kernel_names
         own = [name for name in names if name not in ("row_offsets", "tile_offsets")]
         if self.tensors is not None and all(self._is_view(name) for name in own):
-            return
-        gathered = {name: self._gather(name) for name in own}
-        if "row_offsets" in names:
+            gathered = dict(zip(names, self.tensors, strict=True))
+        else:
+            gathered = {name: self._gather(name) for name in own}
+        if "row_offsets" in names:  # no views: anew, also where a state dict was copied into the same memory
             gathered["row_offsets"] = _join_offsets([part.get_buffer("row_offsets") for part in self.parts])
             gathered["tile_offsets"] = tile_offsets(gathered["mask"])
         self.tensors = [gathered[name] for name in names]

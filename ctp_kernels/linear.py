@@ -51,7 +51,15 @@ class PackedLinear(nn.Module):
             self.format, (self.out_features, self.in_features), self.dtype, buffers, self._buffers.get("tile_offsets")
         )
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight (N, K), unpacked anew at each access: right but slow, for models that look at a layer's
+        weight (T5 asks for its dtype). Nothing here uses it."""
+        return self.packed.unpack()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise CTPError(f"x of shape {tuple(x.shape)} does not fit a layer of {self.in_features} inputs")
         if self.group is not None:
             y = self.group.run(self, x)
             if y is not None:
@@ -90,20 +98,23 @@ class PackedLinear(nn.Module):
         """Refuse damaged buffers before they replace sound ones: kernels trust what the layer holds."""
         own = self.format.buffer_names
         found = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        if len(found) == len(own):
-            candidate = PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, found)
+        if found:  # a part of a weight is checked beside what the layer keeps
+            device = next(iter(found.values())).device
+            kept = {name: self.get_buffer(name).to(device) for name in own if name not in found}
+            candidate = PackedWeight(self.format, (self.out_features, self.in_features), self.dtype, kept | found)
             try:
                 candidate.validate()
             except CTPError as error:
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
                 return
             for name, tensor in found.items():  # an unstructured weight may have another number of entries
-                if tensor.shape != self.get_buffer(name).shape:
+                mine = self.get_buffer(name)  # and scales may be fp32 where these are fp16
+                if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
                     self._buffers[name] = torch.empty_like(tensor, device=self.get_buffer(name).device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if "tile_offsets" in self.format.kernel_names and len(found) == len(own):
+        if "tile_offsets" in self.format.kernel_names and "mask" in found:
             self.tile_offsets = tile_offsets(self.get_buffer("mask"))
         if self.group is not None:
             self.group.refresh()

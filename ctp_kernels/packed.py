@@ -160,6 +160,8 @@ def pack_codes(
         raise CTPError(f"{format} {'takes no' if format.symmetric else 'needs'} zeros")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**format.bits):
         raise CTPError(f"codes outside [0, {2**format.bits}) do not fit {format}")
+    if zeros is not None and zeros.numel() and (int(zeros.min()) < 0 or int(zeros.max()) >= 2**format.bits):
+        raise CTPError(f"zeros outside [0, {2**format.bits}) do not fit {format}")
     n, k = codes.shape
     slots, buffers = _lay_out(codes.to(torch.uint8), mask, format)
     planes = codes_to_planes(slots, str(format.values))
@@ -221,6 +223,8 @@ def check_buffers(packed: PackedWeight) -> None:
     reason = format.constraint((n, k))
     if reason:
         raise CTPError(f"{format} does not fit: {reason}")
+    if format.values is None:
+        raise CTPError(f"{format} names no kind of value: a packed weight is {format}-fp16, -bf16 or -fp32")
     missing, extra = set(format.buffer_names) - set(buffers), set(buffers) - set(format.buffer_names)
     if missing or extra:
         raise CTPError(f"{format} weight has missing buffers {sorted(missing)}, unknown buffers {sorted(extra)}")

@@ -12,7 +12,7 @@ from torch import nn
 
 from .backends import choose, load
 from .errors import CTPError
-from .format import Format, as_format, parse_format
+from .format import FLOAT_DTYPES, Format, as_format, parse_format
 from .fuse import fuse as fuse_layers
 from .linear import PackedLinear
 from .packed import pack
@@ -96,6 +96,8 @@ def patch_model(
     Raises CTPError, before anything is changed, when nothing matched, a skip matches no layer, a weight holds
     NaN, a format does not fit a shape, or a named backend cannot run it.
     """
+    if isinstance(model, nn.Linear):
+        raise CTPError("the model is one Linear, which cannot be replaced in place: PackedLinear(pack(weight, format))")
     asked = None if format == "auto" else as_format(format)
     linears, skipped = _select(model, skip)
     plan: list[tuple[str, nn.Linear, Format]] = []
@@ -130,7 +132,7 @@ def patch_model(
         pruned = chosen.pattern == "sparse24" and not is_sparse24(linear.weight)
         layer = PackedLinear(pack(linear.weight, chosen), linear.bias, backend, compute)
         layer.train(linear.training)
-        _replace(model, name, layer)
+        _replace(model, linear, layer)
         report.layers.append(_layer_report(name, layer, "pruned to 2:4 by magnitude" if pruned else ""))
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda layer: order[layer.name])
@@ -141,16 +143,18 @@ def patch_model(
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Replace every PackedLinear by an nn.Linear that holds its unpacked weight, in place; return the model."""
-    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     if not packed:
         raise CTPError(f"{type(model).__name__} holds no packed layer to unpack")
-    for name, layer in packed.items():
+    if packed == [model]:
+        raise CTPError("the model is one packed layer, which cannot be replaced in place: use layer.packed.unpack()")
+    for layer in packed:
         weight = nn.Parameter(layer.packed.unpack(), requires_grad=False)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = weight
         linear.register_parameter("bias", layer.bias)
         linear.train(layer.training)
-        _replace(model, name, linear)
+        _replace(model, layer, linear)
     if hasattr(model, "ctp_report"):
         del model.ctp_report
     return model
@@ -192,11 +196,12 @@ def explain(
 ) -> Explanation:
     """Which backend each packed layer runs on, forward and backward, for activations of `dtype`.
 
-    `dtype` defaults to that of the model's first floating parameter, `device` ("cpu" or "cuda", which need not be
-    there) to where the layers lie. `rows`: numbers of rows of x for which to say how the backend runs them.
+    `dtype` defaults to that of the model's first floating parameter, or else of the layer, `device` ("cpu" or "cuda",
+    which need not be there) to where the layers lie. `rows`: numbers of rows of x for which to say how the backend
+    runs them.
     """
     if dtype is None:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     explained = []
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
@@ -204,15 +209,16 @@ def explain(
             group = layer.group
             launch_rows = shape[0] if group is None or group.tensors is None else sum(group.rows)
             row: dict = {"layer": name, "format": layer.format.name, "shape": shape, "launch_rows": launch_rows}
+            activations = dtype or layer.dtype
             for direction in ("forward", "backward"):
                 where = device or layer.packed.tensors[0].device.type
                 compute = layer.compute if direction == "forward" else "exact"
-                choice = choose(layer.format, shape, dtype, where, direction, layer.backend, compute)
+                choice = choose(layer.format, shape, activations, where, direction, layer.backend, compute)
                 row[direction], row["why_" + direction] = choice.backend, choice.why
                 describe = getattr(load(choice.backend), "describe", None)
                 launch = (launch_rows, shape[1])
                 row["plan_" + direction] = (
-                    {m: describe(layer.format, launch, dtype, m, direction) for m in rows} if describe else {}
+                    {m: describe(layer.format, launch, activations, m, direction) for m in rows} if describe else {}
                 )
             explained.append(row)
     if not explained:
@@ -225,10 +231,10 @@ def _select(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear]
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        hit = next((s for s in skip if name == s or name.endswith("." + s) or fnmatchcase(name, s)), None)
-        if hit is not None:
-            used.add(hit)
-            skipped[name] = f"named in skip ({hit})"
+        hits = [s for s in skip if name == s or name.endswith("." + s) or fnmatchcase(name, s)]
+        used.update(hits)
+        if hits:
+            skipped[name] = f"named in skip ({hits[0]})"
         elif type(module) is not nn.Linear:
             skipped[name] = f"{type(module).__name__} is a subclass of Linear with a forward of its own"
         elif not module.weight.is_floating_point():
@@ -250,6 +256,8 @@ def _plan(linear: nn.Linear, asked: Format | None, backend: str, compute: str) -
     reason = format.constraint(shape)
     if reason:
         raise CTPError(f"{format} does not fit, {reason}")
+    if not format.quantized and not torch.isfinite(weight.to(FLOAT_DTYPES[str(format.values)])).all():
+        raise CTPError(f"the weight has values that {format.values} cannot hold")
     if backend != "auto" or compute != "exact":
         choose(format, shape, weight.dtype, weight.device.type, "forward", backend, compute)
     return format
@@ -271,6 +279,12 @@ def _layer_report(name: str, layer: PackedLinear, note: str) -> LayerReport:
     return LayerReport(name, packed.format.name, packed.shape, dense, packed.nbytes, note)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """In every place where the model holds `old`, for a module may be shared; hooks go along."""
+    for name, value in vars(old).items():
+        if name.startswith(("_forward", "_backward", "_is_full_backward")):
+            vars(new)[name] = value  # the same dictionaries, so that a hook's handle still removes it
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, leaf, new)

@@ -55,7 +55,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | 
 
 def _spread(per_group: torch.Tensor, k: int, format: Format) -> torch.Tensor:
     """(N, groups) -> (N, K), or (N, 1) where one number serves the row."""
-    if format.group_size is None:
+    if format.group_size is None or format.groups(k) == 1:  # also where a file names groups of 2^32 inputs
         return per_group
     return per_group.repeat_interleave(format.group_size, dim=1)[:, :k]
 
@@ -76,7 +76,7 @@ def minmax_grid(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, tor
     they are stored in before any code is computed from them.
     """
     n, k = weight.shape
-    size = format.group_size or k
+    size = min(format.group_size or k, k)
     padded = torch.nn.functional.pad(weight, (0, -k % size)).view(n, -1, size)
     low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
     if format.symmetric:

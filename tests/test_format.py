@@ -1,13 +1,14 @@
 """The product of patterns and values: names, sizes, constraints, and exact packing."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctp_kernels import FORMATS, CTPError, Format, pack, pack_codes, pack_values, parse_format
+from ctp_kernels import FORMATS, CTPError, Format, PackedLinear, pack, pack_codes, pack_values, parse_format
 from ctp_kernels.format import FLOAT_DTYPES, INT_BITS, PATTERNS
 from tests.helpers import FORMAT_NAMES, weight_for
 
@@ -216,6 +217,28 @@ def test_damaged_buffers_never_reach_a_kernel(format, buffer, change):
     packed = damage(pack(weight_for(parse_format(format), 6, 172), format), buffer, change)
     with pytest.raises(CTPError, match=buffer):
         packed.validate()
+
+
+def test_a_group_larger_than_a_row_is_the_row():
+    weight, x = torch.randn(8, 64), torch.randn(4, 64)
+    expected = pack(weight, "int4-row")
+    for size in (72, 2**30, 2**32, 2**32 + 8):
+        packed = pack(weight, f"int4-g{size}")
+        assert torch.equal(packed.unpack(), expected.unpack())
+        assert torch.equal(PackedLinear(packed)(x), PackedLinear(expected)(x))
+
+
+def test_zeros_beyond_the_codes_are_refused():
+    codes, scales = torch.zeros(2, 64, dtype=torch.int32), torch.ones(2, 1)
+    for values, zero in (("int8", 256), ("int4", 260), ("int4", -1)):
+        with pytest.raises(CTPError, match=r"zeros outside \[0, "):
+            pack_codes(codes, scales, torch.full((2, 1), zero), parse_format(f"{values}-row-asym"))
+
+
+def test_a_packed_weight_names_its_values():
+    packed = pack(torch.randn(4, 64), "sparse24")
+    with pytest.raises(CTPError, match="names no kind of value"):
+        replace(packed, format=parse_format("sparse24")).validate()
 
 
 def test_missing_and_unknown_buffers_are_named():

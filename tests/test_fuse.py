@@ -149,6 +149,27 @@ def test_loading_an_unstructured_weight_with_more_entries():
         assert torch.allclose(model(IDS).logits, packed(IDS).logits, atol=1e-4)
 
 
+def test_loading_an_unstructured_weight_with_as_many_entries_elsewhere():
+    def model(seed, **options):
+        parts = torch.nn.ModuleDict({name: torch.nn.Linear(300, 16) for name in ("q_proj", "k_proj", "v_proj")})
+        random = torch.Generator().manual_seed(seed)
+        for part in parts.values():
+            part.requires_grad_(False).weight.mul_(torch.rand(16, 300, generator=random).argsort(1) < 150)
+        return patch_model(parts, "unstructured-int4", **options)
+
+    source, fused = model(0), model(1, fuse=True)
+    fused.load_state_dict(source.state_dict())
+    for m in (1, 40, 120):
+        for name, part in source.items():
+            assert fused[name].group is not None
+            x, y = (torch.ones(m, 300).requires_grad_() for _ in range(2))
+            got, want = fused[name](x), part(y)
+            assert torch.allclose(got, want, atol=1e-5)
+            got.square().sum().backward()
+            want.square().sum().backward()
+            assert torch.allclose(x.grad, y.grad, atol=1e-4)
+
+
 def test_unpatching_and_saving_see_the_parts(tmp_path):
     alone, fused = pair("llama-biases", "sparse24-int4")
     save_packed(fused, tmp_path / "fused")

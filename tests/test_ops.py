@@ -159,6 +159,32 @@ def test_damaged_state_is_refused_and_the_layer_stays_sound():
     assert torch.equal(other(torch.ones(1, 172)), layer(torch.ones(1, 172)))
 
 
+@pytest.mark.parametrize("keys,value", [(("codes", "codes_hi", "mask", "row_offsets"), -(2**28)), (("mask",), 255)])
+def test_a_part_of_a_state_is_checked_beside_the_rest(keys, value):
+    layer = layer_for("unstructured-int3")
+    before = copy.deepcopy(layer)
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items() if key in keys}
+    state[keys[-1]][:-1] = value
+    with pytest.raises(RuntimeError, match=keys[-1]):
+        layer.load_state_dict(state, strict=False)
+    for m in (1, 40):
+        assert torch.equal(layer(torch.ones(m, 172)), before(torch.ones(m, 172)))
+
+
+def test_scales_keep_their_precision_when_loaded():
+    """Scales below 2^-14 are stored in fp32, and a layer whose own are fp16 takes them as they are."""
+    small, layer = PackedLinear(pack(torch.randn(8, 64) * 1e-4, "int8")), PackedLinear(pack(torch.randn(8, 64), "int8"))
+    assert (small.scales.dtype, layer.scales.dtype) == (torch.float32, torch.float16)
+    layer.load_state_dict(small.state_dict())
+    assert torch.equal(layer.packed.unpack(), small.packed.unpack())
+
+
+@pytest.mark.parametrize("k,wrong", [(60, 64), (64, 60), (64, 128)])
+def test_inputs_of_another_width_are_refused(k, wrong):
+    with pytest.raises(CTPError, match=f"does not fit a layer of {k} inputs"):
+        layer_for("int4", k=k)(torch.randn(2, wrong))
+
+
 def test_deepcopy_shares_nothing():
     layer = layer_for("int4")
     other = copy.deepcopy(layer)

@@ -104,6 +104,58 @@ def test_requests_that_cannot_be_met_change_nothing():
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
 
 
+def test_a_weight_that_the_values_cannot_hold_changes_nothing():
+    model = small_model("opt").bfloat16()
+    model.model.decoder.layers[1].fc2.weight[0, 0] = 1e5
+    with pytest.raises(CTPError, match=r"fc2.*fp16 cannot hold"):
+        patch_model(model, "unstructured-fp16")
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+def test_a_shared_layer_is_replaced_everywhere():
+    linear = torch.nn.Linear(64, 8)
+    model = torch.nn.ModuleDict({"a": linear, "b": torch.nn.Sequential(linear)})
+    patch_model(model, "int4")
+    assert isinstance(model["a"], PackedLinear) and model["b"][0] is model["a"]
+    unpatch_model(model)
+    assert type(model["a"]) is torch.nn.Linear and model["b"][0] is model["a"]
+
+
+def test_a_layer_alone_cannot_be_replaced_in_place():
+    with pytest.raises(CTPError, match="one Linear"):
+        patch_model(torch.nn.Linear(64, 8), "int4")
+    packed = patch_model(torch.nn.Sequential(torch.nn.Linear(64, 8)), "int4")[0]
+    with pytest.raises(CTPError, match="one packed layer"):
+        unpatch_model(packed)
+
+
+def test_every_skip_that_matches_counts():
+    model = small_model("opt")
+    patch_model(model, "int4", skip=("*fc1", "fc1", "lm_head"))
+    assert isinstance(model.model.decoder.layers[0].fc2, PackedLinear)
+
+
+def test_hooks_go_along():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    seen = []
+    handle = model[0].register_forward_hook(lambda module, *_: seen.append(type(module)))
+    patch_model(model, "int4")(torch.ones(1, 64))
+    unpatch_model(model)(torch.ones(1, 64))
+    handle.remove()
+    model(torch.ones(1, 64))
+    assert seen == [PackedLinear, torch.nn.Linear]
+
+
+def test_a_model_may_look_at_a_layers_weight():
+    model = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 5, 64)
+    patch_model(model, "int8")
+    assert model.linear1.weight.shape == (128, 64) and model.linear1.weight.dtype == torch.float32
+    with torch.no_grad():
+        packed = model(x)
+        assert torch.allclose(packed, unpatch_model(model)(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("skip", [("lm_head",), ()])
 def test_checkpoint_round_trip(tmp_path, name, skip):
@@ -135,6 +187,9 @@ DAMAGE = {
     "unknown-layer": lambda f: edit_manifest(f, lambda m: m["layers"].update(x=dict(next(iter(m["layers"].values()))))),
     "wrong-format": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(format="sparse24")),
     "wrong-shape": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(shape=[1, 2**40])),
+    "no-dtype": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(dtype=[])),
+    "ties": lambda f: edit_manifest(f, lambda m: m.update(tied={"x": ["y"]})),
+    "file-entry": lambda f: edit_manifest(f, lambda m: m.update(files={"model.safetensors": 5})),
     "path-escape": lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
 }
 
@@ -147,6 +202,13 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
     with pytest.raises(CTPError) as error:
         load_packed(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_in_double_precision_is_saved_and_loaded(tmp_path):
+    model = patch_model(small_model("opt").double(), "int4")
+    save_packed(model, tmp_path / "packed")
+    assert {row["forward"] for row in explain(model).rows} == {"reference"}
+    assert torch.equal(load_packed(tmp_path / "packed").double()(IDS).logits, model(IDS).logits)
 
 
 def test_saving_again_replaces_the_folder_as_a_whole(tmp_path):

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ctp_kernels import FORMATS, PackedLinear, PackedWeight, pack, parse_format
+from ctp_kernels import FORMATS, CTPError, PackedLinear, PackedWeight, pack, parse_format
 from ctp_kernels.backends import triton as backend
 from ctp_kernels.backends.triton.plan import Plan, default_plan, dense_plan, plan_for, row_class, widens
 from tests.helpers import weight_for
@@ -79,7 +79,7 @@ def problem(name, shape, m, dtype, device="cpu"):
     packed = pack(weight_for(format, *shape), format).to(device)
     n, k = shape
     x, dy, bias = (torch.randn(size).to(device, DTYPES[dtype]) for size in ((m, k), (m, n), (n,)))
-    return packed, x, dy, bias
+    return packed, x, dy, bias.repeat_interleave(2)[::2]  # not in one piece
 
 
 def forward(packed, x, bias=None, change=None):
@@ -289,6 +289,14 @@ def test_rows_far_apart_are_brought_together():
     wide = torch.empty(3, 2**21, 1024, device="meta")
     assert _near(wide[:, -1, :]).stride() == (1024, 1)
     assert _near(wide[0, :4, :16]).stride() == (1024, 1)
+
+
+def test_a_bias_of_another_length_is_refused():
+    from ctp_kernels.backends.triton import launch
+
+    packed, x, _, bias = problem("int4", (16, 128), 1, "fp16")
+    with pytest.raises(CTPError, match="bias of shape"):
+        launch.matmul(x, packed.tensors, packed.format, 16, bias[:4])
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *VARIANTS])

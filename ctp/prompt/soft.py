@@ -46,7 +46,7 @@ class SoftPrompt:
 
     def save(self, folder: str | Path, base_model: str = "") -> None:
         """Write the PEFT folder in one rename. `base_model` is a hub name or a path, of which the last part is kept."""
-        with staged_folder(folder) as staging:
+        with staged_folder(folder, CONFIG) as staging:
             self.write(staging, base_model)
 
     def write(self, folder: Path, base_model: str = "") -> None:

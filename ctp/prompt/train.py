@@ -22,11 +22,11 @@ from torch import nn
 from ctp.data import Windows
 from ctp.evaluate.perplexity import perplexity
 from ctp_kernels.errors import CTPError
-from ctp_kernels.files import staged_folder, write_text
+from ctp_kernels.files import check_output, staged_folder, write_text
 
 from .curve import write_curve
 from .kv import check_context, prefix_of, prompted_logits
-from .soft import SoftPrompt, embedding_table, init_prompt
+from .soft import CONFIG, SoftPrompt, embedding_table, init_prompt
 from .state import State, lines, resumed, save
 
 LOG, CURVE = "log.jsonl", "curve.png"
@@ -94,7 +94,8 @@ def train_prompt(
         "patience": patience, "seed": seed, "train": train.info, "valid": valid.info,
         "fingerprint": _fingerprint(model, train, valid),
     }  # fmt: skip
-    work = None if out is None else Path(out).with_name(Path(out).name + ".training")
+    out = None if out is None else check_output(out, CONFIG)
+    work = None if out is None else out.with_name(out.name + ".training")
     state = resumed(work, settings) if resume and work is not None else None
     if state is None:
         start = init_prompt(model, tokens, init, seed, tokenizer).embeddings / unit
@@ -162,7 +163,7 @@ def train_prompt(
     }  # fmt: skip
     prompt = SoftPrompt(state.best * unit, info)
     if out is not None and work is not None:
-        with staged_folder(out) as staging:
+        with staged_folder(out, CONFIG) as staging:
             prompt.write(staging, base_model)
             write_text(staging / LOG, lines(state.history))
             write_curve(state.history, staging / CURVE)

@@ -83,7 +83,7 @@ def _describe(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int) -
                 f"contiguous elements, but it holds {tensor.numel()}"
             )
     weight = Weight(n=n, k=k, pattern=PATTERNS.index(format.pattern), values=_VALUES[str(format.values)])
-    weight.group, weight.symmetric = format.group_size or k, format.symmetric
+    weight.group, weight.symmetric = min(format.group_size or k, k), format.symmetric  # C divides 32-bit numbers
     if "scales" in buffers:
         weight.scale_dtype = DTYPES[buffers["scales"].dtype]
     for name, tensor in buffers.items():

@@ -31,7 +31,7 @@ MANIFEST = "ctp_manifest.json"
 WEIGHTS = "model.safetensors"
 VERSION = 1
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOAT_DTYPES.values(), torch.float64)}
 
 
 def save_packed(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, info: dict | None = None) -> None:
@@ -52,7 +52,7 @@ def save_packed(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, 
         else:
             seen[key] = name
             tensors[name] = tensor.detach().cpu().contiguous()
-    with staged_folder(folder) as staging:
+    with staged_folder(folder, MANIFEST) as staging:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(staging)  # type: ignore[union-attr, operator]
         generation = getattr(model, "generation_config", None)
@@ -99,10 +99,14 @@ def read_manifest(folder: str | Path) -> dict:
             and len(shape) == 2
             and all(isinstance(d, int) and 0 < d < 2**31 for d in shape)
             and isinstance(layer.get("format"), str)
-            and layer.get("dtype") in _DTYPES
+            and isinstance(layer.get("dtype"), str)
+            and layer["dtype"] in _DTYPES
         )
         if not sound:
             raise CTPError(f"{path} describes layer {name!r} wrongly: the checkpoint is damaged")
+    sound = all(isinstance(source, str) for source in manifest["tied"].values())
+    if not sound or not all(isinstance(file, dict) for file in manifest["files"].values()):
+        raise CTPError(f"{path} describes its files or ties wrongly: the checkpoint is damaged")
     return manifest
 
 
@@ -133,7 +137,10 @@ def load_packed(folder: str | Path) -> nn.Module:
         if source not in tensors:
             raise CTPError(f"{folder / WEIGHTS} lacks the tensor {source!r} that {name!r} is tied to")
         tensors[name] = tensors[source]
-    result = model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        result = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CTPError(f"{folder / WEIGHTS} does not hold this model: {error}") from error
     if result.missing_keys or result.unexpected_keys:
         raise CTPError(
             f"{folder / WEIGHTS} does not hold this model: missing {result.missing_keys[:3] or 'nothing'}, "

@@ -102,6 +102,10 @@ def matmul(
     m, k = x.shape
     if m == 0:
         return x.new_empty((m, n))
+    if bias is not None:
+        if bias.shape != (n,):
+            raise CTPError(f"a bias of shape {tuple(bias.shape)} does not fit {n} outputs")
+        bias = bias.contiguous()
     plan = plan or _plan(format, x, (n, k), "forward")
     if plan.kind == "dense":
         weight = dequantize(tensors, format, (n, k), _operand(format, x.dtype), plan)
