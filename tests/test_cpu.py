@@ -48,6 +48,8 @@ HAZARDS = {
     "blocks_m4": (3, (6, 1160)),
     "blocks_m8": (7, (5, 712)),
     "blocks_panel": (40, (7, 712)),
+    "pairs_m6": (6, (7, 1452)),
+    "pairs_m21": (21, (6, 1180)),
     "digits": (1, (7, 1032)),
     "digits_in_chunks": (1, (5, 4360)),
 }

@@ -6,7 +6,7 @@
 // dx, rows of dy are A as they lie, and two rows of W make a row of P.
 #pragma once
 
-#include "decode.h"
+#include "dots.h"
 #include "rows.h"
 
 namespace {
@@ -15,55 +15,146 @@ namespace {
 
 #define CTP_BRAIN __attribute__((target("avx512bf16")))
 
-constexpr int64_t kBrainLimit = 8;                  // rows of x up to which fp32 sums in registers are faster
+constexpr int64_t kBrainFew = 8;                    // rows of x up to which a panel does not pay
+constexpr int64_t kBrainDots = 24;                  // rows of x up to which W is better decoded in registers
 constexpr int64_t kBrainDepth = 256;                // steps of a panel
 constexpr int64_t kBrainWidth = 256;                // columns of a panel: it and C stay in L2
 constexpr int64_t kBrainStride = kBrainDepth + 32;  // numbers between rows of A: not a power of two
 
-// Whether pairs of x lie on whole pairs, and there are rows enough to pay for a panel.
+// Whether pairs of x lie on whole pairs.
 inline bool in_brain(const Job& job) {
-  return job.dtype == CTP_BF16 && (job.transposed || job.m > kBrainLimit) && job.depth() % 2 == 0 && job.ldx % 2 == 0 &&
+  return job.dtype == CTP_BF16 && job.depth() % 2 == 0 && (job.ldx % 2 == 0 || job.m == 1) &&
          __builtin_cpu_supports("avx512bf16");
 }
+
+// Inputs k .. end - 1 of a row: whole blocks and a rest in one group, or a block whose halves lie in two.
+struct Run {
+  int64_t group, second, end;
+};
+template <class Values>
+inline Run run_at(const Weight& w, int64_t k, int64_t k1) {
+  if (!Values::kGrouped) return {0, 0, k1};
+  const int64_t group = (uint32_t)k / (uint32_t)w.group, left = (group + 1) * w.group - k;
+  if (left == 32 && w.group >= 32 && k + 64 <= k1) return {group, group + 1, k + 64};
+  return {group, group, least(k + left, k1)};
+}
+
+// The values of a run in bf16.
+template <class Pattern, class Values>
+struct Brain {
+  using B = Blocks<Pattern, Values>;
+  static constexpr bool kTable = Values::kGrouped && Values::kWidth <= 4;
+  typename B::G grids[2];  // of the halves of a block
+  __m512i tables[2];       // of a grid's values, and zeros for pruned entries, whose code has bit 4 (blocks_avx512.h)
+  Brain() = default;
+  CTP_BRAIN Brain(const Weight& w, int64_t row, const Run& run) {
+    grids[0] = Values::grid(w, row, run.group);
+    grids[1] = run.second == run.group ? grids[0] : Values::grid(w, row, run.second);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      if constexpr (kTable) tables[i] = _mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(grids[i].table));
+  }
+  // Inputs 32 i .. 32 i + 31 of a block.
+  CTP_BRAIN __m512i lanes(const Weight& w, const Held& held, int i) const {
+    if constexpr (kTable) {
+      const __m256i codes = i ? _mm512_extracti64x4_epi64(held.part[0], 1) : _mm512_castsi512_si256(held.part[0]);
+      return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), tables[i]);
+    } else if constexpr (Values::kBrain) {
+      return held.part[i];
+    } else {
+      return (__m512i)_mm512_cvtne2ps_pbh(B::lanes(w, held, grids[i], 2 * i + 1), B::lanes(w, held, grids[i], 2 * i));
+    }
+  }
+};
 
 // out[0 .. k1 - k0) = W[row, k0 .. k1) rounded to bf16, then zeros up to a multiple of W. As decode().
 template <class Pattern, class Values>
 CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead,
                             uint16_t* out) {
-  constexpr bool kTable = Values::kGrouped && Values::kWidth <= 4;
   for (int64_t k = k0; k < k1;) {
-    const int64_t end = Values::kGrouped ? least(k - (int64_t)((uint32_t)k % (uint32_t)w.group) + w.group, k1) : k1;
-    const auto grid = Values::grid(w, row, Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0);
-    __m512i table;  // of a grid's values, and zeros for pruned entries, whose code has bit 4 (blocks.h)
-    if constexpr (kTable) table = _mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(grid.table));
-    using B = Blocks<Pattern, Values>;
-    B blocks(w, row, k, slot);
-    for (; k + 64 <= end; k += 64, out += 64) {
-      const Held held = blocks.template next<false>(w, grid, grid, ahead);
+    const Run run = run_at<Values>(w, k, k1);
+    const Brain<Pattern, Values> brain(w, row, run);
+    Blocks<Pattern, Values> blocks(w, row, k, slot);
+    for (; k + 64 <= run.end; k += 64, out += 64) {
+      const Held held = blocks.template next<false>(w, brain.grids[0], brain.grids[1], ahead);
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        __m512i lanes;
-        if constexpr (kTable) {
-          const __m256i codes = i ? _mm512_extracti64x4_epi64(held.part[0], 1) : _mm512_castsi512_si256(held.part[0]);
-          lanes = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
-        } else if constexpr (Values::kBrain) {
-          lanes = held.part[i];
-        } else {
-          lanes = (__m512i)_mm512_cvtne2ps_pbh(B::lanes(w, held, grid, 2 * i + 1), B::lanes(w, held, grid, 2 * i));
-        }
-        _mm512_storeu_si512(out + 32 * i, lanes);
-      }
+      for (int i = 0; i < 2; ++i) _mm512_storeu_si512(out + 32 * i, brain.lanes(w, held, i));
     }
     slot = blocks.slot;
-    if (k == end) continue;
+    if (k == run.end) continue;
     alignas(64) float wide[64];  // fewer than 64 inputs are left
-    slot = decode<Pattern, Values>(w, row, k, end, slot, ahead, wide);
-    for (int64_t i = 0; i < end - k; i += W)
+    slot = decode<Pattern, Values>(w, row, k, run.end, slot, ahead, wide);
+    for (int64_t i = 0; i < run.end - k; i += W)
       _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(load(wide + i)));
-    out += end - k;
-    k = end;
+    out += run.end - k;
+    k = run.end;
   }
   return slot;
+}
+
+// Whether every block of W is in one run.
+inline bool in_runs(const Weight& w) { return w.values < CTP_INT8 || w.group % 32 == 0 || w.groups == 1; }
+
+// As dots() in dots.h, for pairs of x: span.ldx counts pairs.
+template <class Pattern, class Values, int kM>
+CTP_BRAIN void brain_dots(const Weight& w, const Span& span, int64_t n, int64_t m0, int64_t* slots, int64_t ahead,
+                          float* sums) {
+  constexpr int kR = kM == 8 ? 2 : 4;
+  const float* const x = span.x + m0 * span.ldx;
+  const int64_t ldx = span.ldx, k1 = span.k1;
+  for (int part = 0; part < 4; part += kR) {
+    int64_t rows[kR], k = span.k0;
+    Blocks<Pattern, Values> blocks[kR];
+    vf acc[kR * kM];
+#pragma GCC unroll 16
+    for (int j = 0; j < kR * kM; ++j) acc[j] = zero();
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) {
+      rows[r] = least(n + part + r, w.n - 1);
+      blocks[r] = Blocks<Pattern, Values>(w, rows[r], k, slots[part + r]);
+    }
+    while (k + 64 <= k1) {
+      const Run run = run_at<Values>(w, k, k1);
+      Brain<Pattern, Values> brain[kR];
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) brain[r] = Brain<Pattern, Values>(w, rows[r], run);
+      for (; k + 64 <= run.end; k += 64) {
+        Held held[kR];
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; ++r)
+          held[r] = blocks[r].template next<false>(w, brain[r].grids[0], brain[r].grids[1], ahead);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          __m512bh values[kR];
+#pragma GCC unroll 4
+          for (int r = 0; r < kR; ++r) values[r] = (__m512bh)brain[r].lanes(w, held[r], i);
+#pragma GCC unroll 8
+          for (int m = 0; m < kM; ++m) {
+            const __m512bh pairs = (__m512bh)load(x + m * ldx + (k - span.k0) / 2 + W * i);
+#pragma GCC unroll 4
+            for (int r = 0; r < kR; ++r) acc[r * kM + m] = _mm512_dpbf16_ps(acc[r * kM + m], values[r], pairs);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) {
+      slots[part + r] = blocks[r].slot;
+      if (k == k1) continue;  // else what is left of the row
+      alignas(64) uint16_t out[64 + 4 * W] = {};
+      slots[part + r] = brain_row<Pattern, Values>(w, rows[r], k, k1, slots[part + r], ahead, out);
+      for (int64_t at = k; at < k1; at += 2 * W)
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m)
+          acc[r * kM + m] = _mm512_dpbf16_ps(acc[r * kM + m], (__m512bh)_mm512_loadu_si512(out + at - k),
+                                             (__m512bh)load(x + m * ldx + (at - span.k0) / 2));
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kR * kM; ++j) {
+      float* to = sums + (j % kM * kDotGroup + part + j / kM) * W;
+      store(to, add(load(to), acc[j]));
+    }
+  }
 }
 
 // c (kR, kV W) += a (kR, 2 pairs) p (2 pairs, kV W); a row of p is kTile pairs
@@ -181,12 +272,18 @@ void brain_part(const Job& job, const Decoder& decoder, const Part& part, float*
 
 template <class Pattern, class Values>
 constexpr auto kBrainRow = brain_row<Pattern, Values>;
+template <class Pattern, class Values, int kM>
+constexpr Dots kBrainDotsOf = brain_dots<Pattern, Values, kM>;
 
 #else
 
 template <class Pattern, class Values>
 constexpr decltype(nullptr) kBrainRow = nullptr;
+template <class Pattern, class Values, int kM>
+constexpr Dots kBrainDotsOf = nullptr;
+constexpr int64_t kBrainFew = 0, kBrainDots = 0;
 inline bool in_brain(const Job&) { return false; }
+inline bool in_runs(const Weight&) { return false; }
 inline int64_t brain_floats() { return 0; }
 template <class Decoder>
 void brain_part(const Job&, const Decoder&, const Part&, float*) {}

@@ -30,7 +30,8 @@ struct Decoder {
   bool (*in_blocks)(const Weight&);
   void (*reorder)(const Weight&, float* x, int64_t count);
   Dots dots[3];
-  // brain.h, where it has its instructions
+  // brain.h, where it has its instructions; dots for 1, 2, 4 and 8 rows of x
+  Dots brain_dots[4];
   int64_t (*brain)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint16_t* out);
   // int8.h
   Codes codes;
@@ -48,6 +49,8 @@ struct Composed {
                                        in_blocks<Values>,
                                        reorder_row<Pattern, Values>,
                                        {dots<Pattern, Values, 1>, dots<Pattern, Values, 2>, dots<Pattern, Values, 4>},
+                                       {kBrainDotsOf<Pattern, Values, 1>, kBrainDotsOf<Pattern, Values, 2>,
+                                        kBrainDotsOf<Pattern, Values, 4>, kBrainDotsOf<Pattern, Values, 8>},
                                        kBrainRow<Pattern, Values>,
                                        codes_of<Pattern, Values>(),
                                        fields_by<Pattern, Values>(),
@@ -117,10 +120,15 @@ void dot_tile(const float* x, int64_t ldx, const float* w, int64_t length, float
 }
 
 // Floats between rows of x: zeros as far as the lanes of a short last group reach.
-inline int64_t padded_inputs(const Weight& w) { return round_up(w.k, W) + W; }
+inline int64_t padded_inputs(const Weight& w) { return round_up(w.k, W) + 2 * W; }
 
 int64_t dot_floats(const Job& job) {
   return (job.m + 3) * (padded_inputs(job.weight) + kDotGroup * W) + 4 * kDotStride;
+}
+
+// Whether these dot products are of pairs of bf16. Four rows of x or fewer gain little, so that W is not rounded there.
+inline bool in_brain_dots(const Job& job) {
+  return job.m <= kBrainDots && (job.m > 4 || job.weight.values == CTP_BF16) && in_runs(job.weight) && in_brain(job);
 }
 
 // Rows of W, four at a time, are decoded in registers where dots.h can, as often as four rows of x want them; or once,
@@ -131,19 +139,23 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
   const int64_t padded = padded_inputs(w), ms = job.m + 3;
   float *x = scratch, *sums = x + ms * padded, *rows = sums + ms * kDotGroup * W;
   const bool codes = w.values >= CTP_INT8, dense = w.pattern == CTP_DENSE;
-  const bool in_registers = decoder.in_blocks(w) && job.m <= (W == 16 && dense && w.values == CTP_INT4 ? 24
-                                                              : W == 8 && codes && !dense              ? 4
-                                                                                                       : 8);
+  const bool pairs = in_brain_dots(job);
+  const bool in_registers = pairs || decoder.in_blocks(w) && job.m <= (W == 16 && dense && w.values == CTP_INT4 ? 24
+                                                                       : W == 8 && codes && !dense              ? 4
+                                                                                                                : 8);
   // Inputs of a chunk: what L1 holds of the rows of x that meet rows of W there, and a whole number of blocks.
-  const int64_t chunk = least(
-      in_registers ? kDotInputs / least(job.m, 4) & ~63 : least((kDotInputs / job.m & ~63) + 128, kDotChunk), padded);
+  const int64_t chunk = least(pairs          ? 2 * kDotInputs / least(job.m, 8) & ~63
+                              : in_registers ? kDotInputs / least(job.m, 4) & ~63
+                                             : least((kDotInputs / job.m & ~63) + 128, kDotChunk),
+                              padded);
+  const int64_t each = pairs ? 2 : 1;         // inputs that are one number of x
   for (int64_t k = 0; k < w.k; k += chunk) {  // a chunk of x lies in one piece, so that L1 holds it
-    const int64_t length = least(chunk, padded - k), there = least(length, w.k - k);
+    const int64_t length = least(chunk, padded - k) / each, there = least(chunk, w.k - k) / each;
     float* row = x + k * ms;
     memset(row, 0, sizeof(float) * (size_t)(ms * length));
     for (int64_t i = 0; i < job.m; ++i, row += length) {
-      read_row(x_at(job, i, k), job.dtype, there, row);
-      if (in_registers) decoder.reorder(w, row, there);
+      read_row(x_at(job, i, k), pairs ? (int32_t)CTP_FP32 : job.dtype, there, row);
+      if (in_registers && !pairs) decoder.reorder(w, row, there);
     }
   }
   for (int64_t n0 = part.column0; n0 < part.column1; n0 += kDotGroup) {
@@ -152,17 +164,19 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
     for (int64_t r = 0; r < round_up(count, 4); ++r) slots[r] = decoder.start(w, least(n0 + r, w.n - 1), 0);
     memset(sums, 0, sizeof(float) * (size_t)(ms * kDotGroup * W));
     for (int64_t k = 0; k < w.k; k += chunk) {
-      const Span span = {k, least(k + chunk, w.k), x + k * ms, least(chunk, padded - k)};
+      const Span span = {k, least(k + chunk, w.k), x + k * ms, least(chunk, padded - k) / each};
       // Inputs from four rows of W to those that come next: the next rows, or the first with the next chunk.
       const auto ahead = [&](int64_t r) { return r + 4 < count || span.k1 == w.k ? 4 * w.k : chunk - r * w.k; };
       if (in_registers) {
         memcpy(begin, slots, sizeof begin);
-        for (int64_t m = 0; m < job.m; m += 4) {
+        for (int64_t m = 0; m < job.m; m += pairs ? 8 : 4) {
           const int64_t left = job.m - m;
+          const Dots dots = (pairs ? decoder.brain_dots : decoder.dots)[pairs && left > 4 ? 3
+                                                                        : left > 2        ? 2
+                                                                                          : left - 1];
           memcpy(slots, begin, sizeof begin);
           for (int64_t r = 0; r < count; r += 4)
-            decoder.dots[left > 2 ? 2 : left - 1](w, span, n0 + r, m, slots + r, ahead(r),
-                                                  sums + (m * kDotGroup + r) * W);
+            dots(w, span, n0 + r, m, slots + r, ahead(r), sums + (m * kDotGroup + r) * W);
         }
         continue;
       }
@@ -308,10 +322,14 @@ int run(const Job& job, int threads) {
   if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
   if (run_digits(job, decoder, threads)) return CTP_OK;
-  const bool brain = in_brain(job), skip = !brain && skips(job) && all_finite(job, threads);
-  const bool dot = !brain && !skip && !job.transposed && job.m <= kDotLimit;
-  const auto kernel = brain            ? brain_part<Decoder>
-                      : skip           ? skip_part<Decoder>
+  const bool pairs = in_brain(job), skip = skips(job, pairs) && all_finite(job, threads);
+  const bool dot = !skip && !job.transposed &&
+                   job.m <= (!pairs                 ? kDotLimit
+                             : decoder.in_blocks(w) ? kBrainDots
+                                                    : kBrainFew);
+  const bool brain = !skip && !dot && pairs;
+  const auto kernel = skip             ? skip_part<Decoder>
+                      : brain          ? brain_part<Decoder>
                       : dot            ? dot_part
                       : job.transposed ? backward_part
                                        : forward_part;
@@ -326,8 +344,8 @@ int run(const Job& job, int threads) {
     const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
                        least(units * (j + 1) / across * unit, job.columns())};
     const int64_t rows = part.row1 - part.row0;
-    float* memory = scratch((size_t)(brain            ? brain_floats()
-                                     : skip           ? skip_floats(rows)
+    float* memory = scratch((size_t)(skip             ? skip_floats(rows)
+                                     : brain          ? brain_floats()
                                      : dot            ? dot_floats(job)
                                      : job.transposed ? Backward(job, rows).floats()
                                                       : forward_floats()));

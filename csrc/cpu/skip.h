@@ -192,16 +192,16 @@ bool all_finite(const Job& job, int threads) {
 }
 
 // Whether few enough entries of W are stored, and rows of x enough, for zeros to be worth skipping: where this crossed
-// the other kernels at 4096 x 4096 (Zen 4, AVX-512 and AVX2).
-inline bool skips(const Job& job) {
+// the other kernels at 4096 x 4096 (Zen 4, AVX-512 and AVX2). brain: whether x could be multiplied in bf16 instead.
+inline bool skips(const Job& job, bool brain) {
   const Weight& w = job.weight;
   if (w.pattern == CTP_DENSE) return false;
   const double entries = (double)w.n * (double)w.k;
   const double share = w.pattern == CTP_SPARSE24 ? 0.5 : (double)w.row_offsets[w.n] * 8 / entries;
-  if (share > 0.6) return false;
   const bool few = share < 0.35;
-  if (job.transposed) return job.m >= (few ? 32 : 80);
-  return job.m > kDotLimit || job.m >= (few || w.pattern == CTP_SPARSE24 ? 12 : 16);
+  if (share > 0.6 || (brain && !few)) return false;
+  if (job.transposed) return job.m >= (brain ? 128 : few ? 32 : 80);
+  return job.m > kDotLimit || (!brain && job.m >= (few || w.pattern == CTP_SPARSE24 ? 12 : 16));
 }
 
 }  // namespace
