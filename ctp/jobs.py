@@ -22,7 +22,7 @@ from ctp_kernels.patch import Explanation
 from .compress import CompressReport, compress_model
 from .compress.solver import NEEDS_INPUTS
 from .data import token_windows
-from .model import context_length, load_model
+from .model import cast_model, context_length, load_model, stored_dtype
 from .prompt.soft import CONFIG
 from .prompt.train import train_prompt
 
@@ -48,6 +48,9 @@ def compress_to_folder(
     `method="auto"` is sparsegpt for a sparse pattern and gptq for a dense one. Finished blocks are kept in
     `.<output>.work` until the folder is written, so that the same call goes on after an interruption. The error
     table is `layers.csv` beside the weights (and at `csv_path`). `options` go to `compress_model`.
+
+    What is not packed, and floating values of a format that names none, are stored in the checkpoint's own dtype,
+    however wide the solver calculates. Raises CTPError for a value that it cannot hold.
     """
     began = time.perf_counter()
     output = check_output(output, MANIFEST, model)
@@ -57,15 +60,17 @@ def compress_to_folder(
     net, tokenizer = load_model(model, device=_device(device))
     if any(isinstance(module, PackedLinear) for module in net.modules()):
         raise CTPError(f"{model} is packed already: compress the dense model it came from")
+    dtype = stored_dtype(model)
     windows = None
     if method in NEEDS_INPUTS:
         length = length or min(2048, context_length(net))
         windows = token_windows(calibration, tokenizer, length, split="train", count=samples, seed=seed)
     work = output.with_name(f".{output.name}.work")
     report: CompressReport = compress_model(
-        net, None if windows is None else windows.ids, fmt, method=method, sparsity=sparsity, work_dir=work,
-        progress=progress, **options,
+        net, None if windows is None else windows.ids, fmt.with_dtype(dtype), method=method, sparsity=sparsity,
+        work_dir=work, progress=progress, **options,
     )  # fmt: skip
+    cast_model(net, dtype)
     layers = [module for module in net.modules() if isinstance(module, PackedLinear)]
     info = {
         "base_model": model,

@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_kernels.checkpoints import MANIFEST, load_packed
 from ctp_kernels.errors import CTPError
+from ctp_kernels.format import FLOAT_DTYPES
 from ctp_kernels.fuse import fuse
 from ctp_kernels.linear import PackedLinear
 
@@ -37,21 +38,45 @@ def load_model(
     `path` is `embedded:llama` (or `embedded`), `embedded:opt`, a local folder (a packed one is known by its
     ctp_manifest.json) or a hub name. Without `dtype` floating weights are fp32 on the CPU, and as stored elsewhere.
     On a GPU packed layers that read the same input run in one launch (`ctp_kernels.fuse`).
-    Raises CTPError for a missing folder or hub model, one of another shape than LLaMA or OPT, damaged files.
+    Raises CTPError for a missing folder or hub model, one of another shape than LLaMA or OPT, damaged files, and values
+    that `dtype` cannot hold.
     """
     source = _source(path)
     name = str(source) if source.is_dir() else path
-    model = load_packed(source) if (source / MANIFEST).is_file() else _load_dense(name, dtype, device)
-    decoder_blocks(model)
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
+    model = load_packed(source) if (source / MANIFEST).is_file() else _load_dense(name, wanted)
+    decoder_blocks(model)
     if wanted is not None:
-        for parameter in model.parameters():  # packed buffers keep the bytes they were stored with
-            parameter.data = parameter.data.to(wanted)
+        cast_model(model, wanted)
     nn.Module.to(model, torch.device(device))
     if torch.device(device).type == "cuda":
         fuse(model)
     model.requires_grad_(False).eval()
     return cast(PreTrainedModel, model), _load_tokenizer(name)
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """The float dtype of a dense checkpoint: what its config names, else what its weights are stored in."""
+    source = _source(path)
+    name = str(source) if source.is_dir() else path
+    named: Any = AutoConfig.from_pretrained(name).dtype or _load_dense(name, None).dtype
+    return named if named in FLOAT_DTYPES.values() else torch.float32
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters, and what packed layers unpack to, in `dtype`; packed buffers keep the bytes they were stored with.
+
+    Raises CTPError for a value that `dtype` cannot hold.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+            if not torch.isfinite(parameter).all():
+                raise CTPError(f"{name} has values that {dtype} cannot hold: use bfloat16 or float32")
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.dtype = dtype
+    model.config.dtype = dtype  # type: ignore[union-attr]
 
 
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -122,10 +147,10 @@ def _source(path: str) -> Path:
     return source
 
 
-def _load_dense(path: str, dtype: torch.dtype | None, device: str) -> PreTrainedModel:
-    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+def _load_dense(path: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """In `dtype`, or as stored."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CTPError(f"{path} holds a damaged file: {_first_line(error)}") from error
     except OSError as error:

@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 @needs_opt
 def test_compress_then_train_then_evaluate(folders):
     compress = json.loads((folders / "compress.json").read_text())
-    assert compress["method"] == "sparsegpt" and compress["bytes_packed"] < compress["bytes_dense"] / 6
+    assert compress["method"] == "sparsegpt" and compress["bytes_packed"] < compress["bytes_dense"] / 4
     assert len((folders / "layers.csv").read_text().splitlines()) == compress["layers"] + 1
     assert not list(folders.glob(".*")), "staging or work folders were left behind"
     common = ["--data", "embedded:docs", "--length", 128, "--count", 4]

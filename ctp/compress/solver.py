@@ -101,7 +101,8 @@ def solve(
                 and chooses them on arrival. `block` is SparseGPT as published: the same share of every N x block_size.
                 None: `row` for wanda (as published), else `layer`. docs/compression.md compares them.
 
-    Raises CTPError for options or shapes that do not fit and for a weight that is not finite.
+    Raises CTPError for options or shapes that do not fit, for a weight that is not finite, and for one with values that
+    the format cannot hold.
     """
     format = as_format(format).with_dtype(weight.dtype)
     check_options(format, method, sparsity, block_size, percdamp, mask_scope)
@@ -131,6 +132,8 @@ def solve(
                 norms = hessian.diagonal().sqrt() if method == "wanda" and hessian is not None else 1.0
                 mask = choose_mask(original.abs() * norms, format, sparsity, scope)
             solution = _nearest(original, mask, format, mse)
+        if not format.quantized and not torch.isfinite(solution.stored).all():
+            raise CTPError(f"its weight has values that {format} cannot hold: use bf16 or fp32 values")
         solution.error = relative_error(original, solution.dense(), hessian)
     return solution
 
