@@ -44,15 +44,19 @@ def load_model(
     source = _source(path)
     name = str(source) if source.is_dir() else path
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
-    model = load_packed(source) if (source / MANIFEST).is_file() else _load_dense(name, wanted)
+    model: Any = load_packed(source) if (source / MANIFEST).is_file() else _load_dense(name, wanted)
     decoder_blocks(model)
+    if hasattr(model.get_input_embeddings(), "embed_scale"):  # Gemma
+        raise CTPError(
+            f"{type(model).__name__} scales its word embeddings, which a soft prompt would miss: it is no LLaMA"
+        )
     if wanted is not None:
         cast_model(model, wanted)
     nn.Module.to(model, torch.device(device))
     if torch.device(device).type == "cuda":
         fuse(model)
     model.requires_grad_(False).eval()
-    return cast(PreTrainedModel, model), _load_tokenizer(name)
+    return model, _load_tokenizer(name)
 
 
 def stored_dtype(path: str) -> torch.dtype:

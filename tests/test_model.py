@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ctp.model import (
@@ -20,7 +21,7 @@ from ctp.model import (
 )
 from ctp_kernels import CTPError, PackedLinear, patch_model
 from ctp_kernels.checkpoints import save_packed
-from tests.helpers import MODELS, STORIES, needs_shared, small_model
+from tests.helpers import MODELS, SMALL, STORIES, needs_shared, small_model
 
 LLAMA = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
          ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]  # fmt: skip
@@ -60,6 +61,14 @@ def test_foreign_linear_in_a_block_is_refused() -> None:
     decoder_blocks(model)[0][1].add_module("router", torch.nn.Linear(64, 4))
     with pytest.raises(CTPError, match="'router'"):
         decoder_blocks(model)
+
+
+@pytest.mark.parametrize("name", ["Gemma", "Gemma2", "Gemma3Text"])
+def test_scaled_embeddings_are_refused(name: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{name}Config")(**SMALL, num_key_value_heads=2, intermediate_size=88, head_dim=16)
+    getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).save_pretrained(tmp_path)
+    with pytest.raises(CTPError, match="scales its word embeddings"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "one/two/three"])
