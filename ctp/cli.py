@@ -202,7 +202,10 @@ def generate(
     soft = SoftPrompt.load(prompt) if prompt else None
     (continuation,) = continue_text(net, tokenizer, text, soft, max_new_tokens, **options)
     typer.echo(text + continuation)
-    _write(json_file, {"model": model, "text": text, "continuation": continuation})
+    _write(json_file, {
+        "model": model, "prompt": str(prompt) if prompt else None, "text": text, "continuation": continuation,
+        "seed": seed,
+    })  # fmt: skip
 
 
 @command

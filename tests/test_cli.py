@@ -59,8 +59,11 @@ def test_compress_then_train_then_evaluate(folders):
 @needs_opt
 def test_generate_inspect_explain(folders):
     text = ctp("generate", folders / "packed", "The function returns", "--prompt", folders / "prompt",
-               "--max-new-tokens", 8)  # fmt: skip
+               "--max-new-tokens", 8, "--seed", 3, "--json", folders / "generate.json")  # fmt: skip
     assert text.startswith("The function returns") and len(text.strip()) > len("The function returns")
+    said = json.loads((folders / "generate.json").read_text())
+    assert said["text"] + said["continuation"] in text
+    assert said["prompt"] == str(folders / "prompt") and said["seed"] == 3
     half = ("--dtype", "bfloat16", "--max-new-tokens", 2)
     assert ctp("generate", folders / "packed", "The function returns", *half).startswith("The function returns")
     assert "sparse24-int4-g64" in ctp("inspect", folders / "packed")

@@ -8,12 +8,14 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders
+from transformers import MistralConfig, MistralForCausalLM
 
 from ctp.prompt import PromptCache, SoftPrompt, generate, generate_ids, init_prompt, prompt_cache, prompted_logits
 from ctp_kernels import patch_model
 from ctp_kernels.errors import CTPError
 
-from .helpers import MODELS, small_model
+from .helpers import MODELS, SMALL, small_model
 from .text import character_tokenizer, random_windows
 
 P = 7
@@ -122,6 +124,30 @@ def test_generate_texts_begin_with_bos_and_may_be_sampled():
     torch.manual_seed(0)
     sampled = [generate(model, tokenizer, "Once", prompt, 8, do_sample=True)[0] for _ in range(5)]
     assert len(set(sampled)) > 1
+
+
+def test_a_continuation_keeps_its_first_space(monkeypatch):
+    """A SentencePiece decoder drops the space in front of what it is given: texts and new tokens go in together."""
+    model, tokenizer = small_model("opt"), character_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    ids = tokenizer(" a time", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(
+        "ctp.prompt.kv.generate_ids", lambda *_, **options: torch.tensor([ids, ids, [*ids[:4], 1, 2, 2]])
+    )
+    assert generate(model, tokenizer, ["Once upon", "There was", "x"]) == [" a time", " a time", " a t"]
+    assert generate(model, tokenizer, "Once upon", num_return_sequences=3) == [" a time", " a time", " a t"]
+
+
+def test_a_window_shorter_than_the_prompt_is_refused():
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, intermediate_size=172, sliding_window=16))
+    model.eval()
+    ids = random_windows(2, 20).ids
+    prompt = init_prompt(model, 15)
+    rerun = prompted_logits(model, ids, prompt=prompt, mode="rerun")
+    torch.testing.assert_close(prompted_logits(model, ids, prompt=prompt), rerun, rtol=1e-4, atol=1e-4)
+    with pytest.raises(CTPError, match="has 16 tokens, but a sliding window of the model keeps 15"):
+        prompt_cache(model, init_prompt(model, 16))
 
 
 def test_beam_search_runs_on_the_kept_prefix():

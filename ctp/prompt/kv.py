@@ -40,11 +40,19 @@ class PromptCache:
 
 
 def prefix_of(model: nn.Module, embeds: torch.Tensor) -> PromptCache:
-    """Keys and values of inputs_embeds (1, P, width), with gradient where `embeds` has one."""
+    """Keys and values of inputs_embeds (1, P, width), with gradient where `embeds` has one.
+
+    Raises CTPError where a sliding window keeps fewer than P of them: text would then see less than it should.
+    """
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     positions = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0)
     model.base_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)  # type: ignore[operator]
     layers: Any = cache.layers
+    kept = min(layer.keys.shape[2] for layer in layers)
+    if kept < embeds.shape[1]:
+        raise CTPError(
+            f"the prompt has {embeds.shape[1]} tokens, but a sliding window of the model keeps {kept}: shorten it"
+        )
     return PromptCache([(layer.keys, layer.values) for layer in layers])
 
 
@@ -102,11 +110,18 @@ def generate(
     """The continuation of each text, BOS and prompt in front; `options` go to transformers' `generate`.
 
     Greedy by default. cache: `dynamic` or `static`. mode as in `prompted_logits`. Batches are padded on the left.
+    Text and new tokens are decoded together: alone, a SentencePiece decoder would drop the space they begin with.
     """
     ids, mask = encode(tokenizer, [texts] if isinstance(texts, str) else texts)
     ids, mask = ids.to(model.device), mask.to(model.device)  # type: ignore[arg-type]
     new = generate_ids(model, ids, mask, prompt, max_new_tokens, cache=cache, mode=mode, **options)
-    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def decode(tokens: torch.Tensor) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    each = len(new) // len(ids)  # num_return_sequences
+    rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True) for _ in range(each)]
+    return [decode(torch.cat([row, tail]))[len(decode(row)) :] for row, tail in zip(rows, new, strict=True)]
 
 
 @torch.no_grad()
