@@ -121,10 +121,11 @@ def train_to_folder(
     valid = token_windows(data, tokenizer, length, split="valid", count=valid_windows)
     dense = None
     if loss == "kl":
-        dense, _ = load_model(teacher or _base_of(model), **where)
+        teacher = teacher or _base_of(model)
+        dense, _ = load_model(teacher, **where)
     result = train_prompt(
         net, train, valid, tokenizer=tokenizer, loss=loss, teacher=dense, seed=seed, out=output, base_model=model,
-        **options,
+        teacher_model=teacher if loss == "kl" else None, **options,
     )  # fmt: skip
     return {
         **result.prompt.info,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -134,6 +135,7 @@ def test_every_window_is_seen_once_an_epoch():
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
     assert len(training._batch(3, 8, 0, 1)) == 8
+    assert len(training._batch(10, 4, 20250611123456789, 0)) == 4, "a seed of any length"
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -238,6 +240,39 @@ def test_resuming_with_another_model_or_text_is_refused(stopped):
     for model, train in ((other, TRAIN), (small_model("opt"), _repeating(32, seed=5))):
         with pytest.raises(CTPError, match="another fingerprint"):
             train_prompt(model, Windows(train.ids, train.scored, TRAIN.info), VALID, **SHORT, out=stopped, resume=True)
+
+
+def test_resuming_with_another_teacher_is_refused(tmp_path, monkeypatch):
+    """Where a run was stopped, and where it has ended; the teacher is in the record."""
+    model, teacher, other = small_model("opt"), small_model("opt"), small_model("opt")
+    other.model.decoder.layers[0].fc1.weight[0, 0] += 1
+    run = functools.partial(train_prompt, model, TRAIN, VALID, **{**SHORT, "steps": 4}, loss="kl", out=tmp_path / "p")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "_accumulate", lambda *_: (_ for _ in ()).throw(Killed()))
+        run(teacher=teacher)
+    for _ in range(2):
+        with pytest.raises(CTPError, match="another teacher: "):
+            run(teacher=other, resume=True)
+        run(teacher=teacher, teacher_model="org/dense", resume=True)
+    assert json.loads((tmp_path / "p" / "training.json").read_text())["teacher_model"] == "org/dense"
+
+
+def test_resuming_a_finished_run_returns_it_or_says_what_differs(tmp_path, monkeypatch, capsys):
+    done = train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=tmp_path / "p")
+    monkeypatch.setattr(training, "_accumulate", lambda *_: pytest.fail("there was nothing left to train"))
+    again = train_prompt(
+        small_model("opt"), TRAIN, VALID, **{**SHORT, "progress": True}, out=tmp_path / "p", resume=True
+    )
+    assert (
+        torch.equal(again.prompt.embeddings, done.prompt.embeddings) and "finished already" in capsys.readouterr().out
+    )
+    assert (again.best_valid, again.history) == (done.best_valid, done.history)
+    for change in ({"lr": 0.1}, {"seed": 1}):
+        with pytest.raises(CTPError, match=f"another {next(iter(change))}: "):
+            train_prompt(small_model("opt"), TRAIN, VALID, **{**SHORT, **change}, out=tmp_path / "p", resume=True)
+    (tmp_path / "p" / "log.jsonl").write_text("{")
+    with pytest.raises(CTPError, match="is damaged"):
+        train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=tmp_path / "p", resume=True)
 
 
 def test_damaged_state_is_refused_and_a_fresh_start_is_not(stopped):

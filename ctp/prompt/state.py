@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 
 from ctp_kernels.errors import CTPError
 
-STATE = "state.safetensors"
+from .soft import WEIGHTS, SoftPrompt
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+PERPLEXITY = "valid_perplexity"
 TENSORS = ("relative", "best", "exp_avg", "exp_avg_sq")
 
 
@@ -61,14 +64,37 @@ def resumed(work: Path, settings: dict[str, Any]) -> State | None:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
     except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise CTPError(f"{path} is damaged ({error}): remove it and start again without resume") from error
+    _check_same(path, before, settings)
+    return State(**tensors, **plain)
+
+
+def finished(out: Path, settings: dict[str, Any]) -> tuple[SoftPrompt, list[dict[str, Any]]] | None:
+    """The prompt and the history of a run that has ended, or None where there is no prompt at `out`.
+
+    Raises CTPError where it belongs to another run.
+    """
+    if not (out / WEIGHTS).is_file():
+        return None
+    prompt = SoftPrompt.load(out)
+    _check_same(out, prompt.info, settings)
+    try:
+        rows = [json.loads(line) for line in (out / LOG).read_text(encoding="utf-8").splitlines()]
+        history = [{**row, PERPLEXITY: math.inf if row[PERPLEXITY] is None else row[PERPLEXITY]} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CTPError(f"{out / LOG} is damaged ({error}): start without resume") from error
+    return prompt, history
+
+
+def lines(history: list[dict[str, Any]]) -> str:
+    """The log, a JSON object a line; a perplexity that is not finite is null, as JSON has no other word for it."""
+    rows = [{**row, PERPLEXITY: row[PERPLEXITY] if math.isfinite(row[PERPLEXITY]) else None} for row in history]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _check_same(path: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
     now = json.loads(json.dumps(settings))
     differ = [key for key in now if before.get(key) != now[key]]
     if differ:
         raise CTPError(
             f"{path} belongs to a run with another {', '.join(differ)}: use the same, or start without resume"
         )
-    return State(**tensors, **plain)
-
-
-def lines(history: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in history)

@@ -27,9 +27,9 @@ from ctp_kernels.files import check_output, staged_folder, write_text
 from .curve import write_curve
 from .kv import check_context, prefix_of, prompted_logits
 from .soft import CONFIG, SoftPrompt, embedding_table, init_prompt
-from .state import State, lines, resumed, save
+from .state import LOG, State, finished, lines, resumed, save
 
-LOG, CURVE = "log.jsonl", "curve.png"
+CURVE = "curve.png"
 #: Gradients of a mean over thousands of tokens are multiplied by this on their way through an fp16 model: they would
 #: fall below its range. A power of two, divided out in fp32.
 FP16_SCALE = 1024.0
@@ -67,6 +67,7 @@ def train_prompt(
     seed: int = 0,
     out: str | Path | None = None,
     base_model: str = "",
+    teacher_model: str | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -79,7 +80,9 @@ def train_prompt(
     validation perplexity end the run.
 
     With `out`, the state is kept in `<out>.training` (and continued from there with `resume`, bit for bit on the
-    CPU); the prompt folder `out` appears when the run ends, with the log (JSONL) and the curve (PNG).
+    CPU); the prompt folder `out` appears when the run ends, with the log (JSONL) and the curve (PNG). `resume` where
+    there is no such state but a finished `out` of the same settings returns that. `base_model` and `teacher_model` are
+    names for the record.
 
     Raises CTPError for settings that do not fit, a resumed run with other settings, and a loss that is not finite.
     """
@@ -93,10 +96,17 @@ def train_prompt(
         "accumulation": accumulation, "warmup": warmup, "schedule": schedule, "clip": clip, "eval_every": eval_every,
         "patience": patience, "seed": seed, "train": train.info, "valid": valid.info,
         "fingerprint": _fingerprint(model, train, valid),
+        "teacher": _fingerprint(teacher) if teacher is not None and loss == "kl" else None,
     }  # fmt: skip
     out = None if out is None else check_output(out, CONFIG)
     work = None if out is None else out.with_name(out.name + ".training")
     state = resumed(work, settings) if resume and work is not None else None
+    if resume and state is None and out is not None and (done := finished(out, settings)):
+        prompt, history = done
+        if progress:
+            print(f"  {out} is finished already, by a run of the same settings")
+        best = min(row["valid_perplexity"] for row in history)
+        return TrainResult(prompt, best, history, prompt.info["seconds"])
     if state is None:
         start = init_prompt(model, tokens, init, seed, tokenizer).embeddings / unit
         state = State(start, start, torch.zeros_like(start), torch.zeros_like(start))
@@ -157,7 +167,8 @@ def train_prompt(
     _assert_frozen(model)
 
     info = {
-        **settings, "width": state.best.shape[1], "base_model": base_model, "best_valid_perplexity": state.best_valid,
+        **settings, "width": state.best.shape[1], "base_model": base_model,
+        "teacher_model": teacher_model, "best_valid_perplexity": state.best_valid,
         "best_step": min(state.history, key=lambda row: row["valid_perplexity"])["step"],
         "seconds": round(state.seconds, 2),
     }  # fmt: skip
@@ -213,7 +224,8 @@ def _batch(count: int, size: int, seed: int, step: int) -> torch.Tensor:
     """The windows of a step: `size` numbers from an endless row of seeded permutations of range(count)."""
     first, last = step * size, (step + 1) * size
     epochs = range(first // count, (last - 1) // count + 1)
-    order = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
+    seeds = [(seed * 1_000_003 + epoch) % 2**63 for epoch in epochs]
+    order = [torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in seeds]
     offset = first - epochs[0] * count
     return torch.cat(order)[offset : offset + size]
 
@@ -281,10 +293,10 @@ def _assert_frozen(model: nn.Module) -> None:
         raise AssertionError(f"parameters of the frozen model have a gradient: {', '.join(touched[:3])}")
 
 
-def _fingerprint(model: nn.Module, train: Windows, valid: Windows) -> str:
+def _fingerprint(model: nn.Module, *texts: Windows) -> str:
     """SHA-256 over all token windows and the head of every tensor of the model: enough to notice another run."""
     digest = hashlib.sha256()
-    for windows in (train, valid):
+    for windows in texts:
         digest.update(windows.ids.numpy().tobytes() + windows.scored.numpy().tobytes())
     for name, tensor in model.state_dict().items():
         head = tensor.detach().flatten()[:256].contiguous().cpu().view(torch.uint8)
