@@ -160,7 +160,11 @@ def evaluate(
     windows = token_windows(data, tokenizer, length or min(2048, room), split=split, count=count, stride=stride)
     typer.echo(f"{windows}")
     measured = perplexity(net, windows, prompt=soft, batch_size=batch_size, progress=True)
-    result: dict[str, Any] = {"model": model, "prompt": str(prompt) if prompt else None, **measured.as_dict()}
+    dtype = str(next(net.parameters()).dtype).removeprefix("torch.")
+    result: dict[str, Any] = {
+        **windows.info, "model": model, "prompt": str(prompt) if prompt else None, "dtype": dtype, "seed": seed,
+        **measured.as_dict(),
+    }  # fmt: skip
     typer.echo(f"perplexity {measured.perplexity:.4f} over {measured.tokens:,} tokens")
     if soft:
         typer.echo(f"(with the divisor of the method's published code, which counts the prompt: "

@@ -49,6 +49,8 @@ def test_compress_then_train_then_evaluate(folders):
     assert "perplexity" in out
     plain = json.loads((folders / "a.json").read_text())
     assert 1 < plain["perplexity"] < 2048
+    expected = {"data": "embedded:docs", "split": "test", "windows": 4, "length": 128, "stride": 127, "seed": 0}
+    assert plain | expected | {"dtype": "float32", "model": str(folders / "packed"), "prompt": None} == plain
     assert math.isclose(plain["perplexity"], math.exp(plain["nll"] / plain["tokens"]))
     ctp("evaluate", folders / "packed", "--prompt", folders / "prompt", *common, "--json", folders / "b.json")
     prompted = json.loads((folders / "b.json").read_text())

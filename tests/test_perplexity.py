@@ -69,6 +69,18 @@ def test_perplexity_is_that_of_the_scored_tokens_by_hand(name, tokens):
         assert kept.perplexity == pytest.approx(expected, rel=1e-4)
 
 
+def test_nan_is_an_error_and_infinity_is_not():
+    model, windows = small_model("llama-gqa-tied"), random_windows(2, 20)
+    model.model.norm.weight[0] = float("nan")
+    with pytest.raises(CTPError, match="outputs hold NaN: "):
+        perplexity(model, windows)
+    model.model.norm.weight[:] = 1e9
+    assert perplexity(model, windows).perplexity == math.inf
+    windows.scored[:] = False
+    with pytest.raises(CTPError, match="no token to score"):
+        perplexity(model, windows)
+
+
 def test_windows_and_prompt_beyond_the_context_are_refused():
     model = small_model("opt")
     with pytest.raises(CTPError, match="take 129 positions, but the model has 128"):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ctp.data import Windows
 from ctp.prompt.kv import PromptCache, prompt_cache, prompted_logits
 from ctp.prompt.soft import SoftPrompt
+from ctp_kernels.errors import CTPError
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,12 @@ def perplexity(
     """Perplexity of the windows' scored tokens, the same targets with and without a prompt.
 
     Prompt positions are neither scored nor counted. log-softmax in fp32, summed in fp64. mode as in
-    `ctp.prompt.kv.prompted_logits`.
+    `ctp.prompt.kv.prompted_logits`. The perplexity may be infinite. Raises CTPError for outputs that hold NaN, and for
+    windows without a scored token.
     """
+    tokens = int(windows.scored[:, 1:].sum())
+    if not tokens:
+        raise CTPError("the windows hold no token to score: use longer ones")
     device = next(model.parameters()).device
     if isinstance(prompt, SoftPrompt) and mode == "kv":
         prompt = prompt_cache(model, prompt)
@@ -59,7 +64,8 @@ def perplexity(
         for row, targets, mask in zip(logits, ids[:, 1:], scored, strict=True):  # by row: one window in fp32 at a time
             losses = torch.nn.functional.cross_entropy(row.float(), targets, reduction="none")
             nll += losses[mask].double().sum().item()
-    tokens = int(windows.scored[:, 1:].sum())
+    if math.isnan(nll):
+        raise CTPError("the model's outputs hold NaN: load it in fp32 or bf16, or check its weights")
     offset = 0 if prompt is None else len(prompt)
     return PerplexityResult(
         perplexity=_exp(nll / tokens),
