@@ -10,6 +10,7 @@ import difflib
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def _documents(path: Path) -> tuple[list[str], str | None]:
         if kind == [".parquet"]:
             return _parquet(data, path), None
         text = data.decode("utf-8")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CTPError(f"cannot read {path}: {error}") from error
     except UnicodeDecodeError as error:
         raise CTPError(f"{path} is not UTF-8 text: {error}") from error
@@ -182,7 +183,7 @@ def _documents(path: Path) -> tuple[list[str], str | None]:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside a string, at U+2028
         if not line.strip():
             continue
         try:

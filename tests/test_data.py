@@ -83,6 +83,13 @@ def test_local_kinds_hold_the_same_documents(tmp_path, suffix):
     assert "90/5/5" in cut["valid"].split
 
 
+def test_jsonl_lines_end_at_line_feeds_only(tmp_path):
+    documents = ["one\u2028two", "three\u2029four", "five\x85six", "seven"]
+    lines = [json.dumps({"text": document}, ensure_ascii=False) for document in documents]
+    (tmp_path / "set.train.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_text(str(tmp_path / "set.{split}.jsonl"), "train").documents == documents
+
+
 def test_plain_text_is_cut_by_lines_and_keeps_its_line_ends(tmp_path):
     path = tmp_path / "plain.txt"
     path.write_text("\n".join(f"line {i}" for i in range(100)))
@@ -168,6 +175,9 @@ def test_bad_input_is_one_sentence(tmp_path, story):
     (tmp_path / "broken.jsonl").write_text("{not json\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken.txt.gz").write_bytes(b"no gzip")
+    damaged = bytearray(gzip.compress(bytes(range(256)) * 9))
+    damaged[20] ^= 255
+    (tmp_path / "damaged.txt.gz").write_bytes(damaged)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
     cases = {
         "wikitxt2": "did you mean wikitext2",
@@ -179,6 +189,7 @@ def test_bad_input_is_one_sentence(tmp_path, story):
         str(tmp_path / "broken.jsonl"): "line 1 is not JSON",
         str(tmp_path / "bytes.txt"): "not UTF-8",
         str(tmp_path / "broken.txt.gz"): "cannot read",
+        str(tmp_path / "damaged.txt.gz"): "cannot read",
         str(tmp_path / "broken.parquet"): "not a parquet file",
     }
     for spec, message in cases.items():
