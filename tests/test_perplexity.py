@@ -208,15 +208,52 @@ def test_real_task_files_are_read_and_scored(stories, task):
     assert 0 <= result["acc"] <= 1 and result["documents"] == 2
 
 
+def test_acc_norm_is_by_the_characters_of_the_choice(speaker, tmp_path, monkeypatch):
+    """Scores that lm_eval's rule and one by the bytes of the continuation rank in opposite order."""
+    model, tokenizer, _ = speaker
+    document = {"query": "line\u2028separator", "choices": ["ääää", "cccccc"], "gold": 1}
+    (tmp_path / "norm.jsonl").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    lm = prompted_lm(model, tokenizer)
+    monkeypatch.setattr(type(lm), "loglikelihood", lambda self, requests, **_: [(-4.0, False), (-5.9, False)])
+    monkeypatch.setattr("ctp.evaluate.tasks.prompted_lm", lambda *_: lm)
+    assert -4.0 / len(" ääää".encode()) > -5.9 / len(" cccccc") and -4.0 / 4 < -5.9 / 6
+    result = evaluate_tasks(model, tokenizer, [str(tmp_path / "norm.jsonl")])["norm"]
+    assert (result["acc"], result["acc_norm"]) == (0, 1)
+
+
+def test_files_of_one_name_keep_their_results(speaker, tmp_path):
+    model, tokenizer, _ = speaker
+    paths = [tmp_path / name / "task.jsonl" for name in ("a", "b")]
+    for count, path in enumerate(paths, 1):
+        path.parent.mkdir()
+        path.write_text(count * (json.dumps({"context": "a", "continuation": "b"}) + "\n"))
+    results = evaluate_tasks(model, tokenizer, [str(path) for path in paths])
+    assert {name: result["documents"] for name, result in results.items()} == {str(paths[0]): 1, str(paths[1]): 2}
+    assert list(evaluate_tasks(model, tokenizer, [str(paths[0])] * 2)) == ["task"]
+
+
 def test_bad_tasks_are_one_sentence(speaker, tmp_path):
     model, tokenizer, _ = speaker
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "kind.jsonl").write_text('{"question": "?"}\n')
     (tmp_path / "gold.jsonl").write_text('{"query": "?", "choices": ["a"], "gold": 1}\n')
+    good = '{"query": "?", "choices": ["a"], "gold": 0}\n\n'
+    for name, line in {
+        "string": '{"query": "?", "choices": ["a", "b"], "gold": "0"}',
+        "number": '{"query": "?", "choices": ["a", 1], "gold": 0}',
+        "none": '{"query": "?", "choices": [], "gold": 0}',
+        "mixed": '{"context": "a", "continuation": "b"}',
+        "list": "[]",
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(good + line + "\n")
+        with pytest.raises(CTPError, match=rf"{name}\.jsonl is not one kind of task: line 3 does not hold "):
+            evaluate_tasks(model, tokenizer, [str(tmp_path / f"{name}.jsonl")])
+    (tmp_path / "json.jsonl").write_text(good + "{")
     for name, message in [
         ("empty.jsonl", "holds no documents"),
         ("kind.jsonl", "is not one kind of task"),
-        ("gold.jsonl", "gold"),
+        ("gold.jsonl", "line 1: gold is 1, but there are 1 choices"),
+        ("json.jsonl", "cannot read the task .* line 3 is not JSON"),
         ("gone.jsonl", "cannot read the task"),
     ]:
         with pytest.raises(CTPError, match=message):

@@ -80,12 +80,17 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Metrics of each task: lm_eval's names, or paths of local jsonl files (`acc`, `acc_norm`, standard errors).
 
-    `limit` scores the first documents only, and is in the result. Raises CTPError for a task that is not there.
+    A file goes by its stem, or by its path where another task has that name. `limit` scores the first documents only,
+    and is in the result. Raises CTPError for a task that is not there.
     """
     lm = prompted_lm(model, tokenizer, prompt, batch_size)
+    tasks = list(dict.fromkeys(tasks))
     local = {name: Path(name) for name in tasks if name.endswith(".jsonl")}
-    results = {path.stem: _local_task(lm, path, limit) for path in local.values()}
     named = [name for name in tasks if name not in local]
+    stems = [*named, *(path.stem for path in local.values())]
+    results = {
+        path.stem if stems.count(path.stem) == 1 else name: _local_task(lm, path, limit) for name, path in local.items()
+    }
     if named:
         results |= _named_tasks(lm, named, limit)
     return results
@@ -135,9 +140,10 @@ def _local_task(lm: Any, path: Path, limit: int | None) -> dict[str, Any]:
         if kind == "exact":
             right.append(own[0][1])
             continue
-        by_byte = [score / len(continuation.encode()) for (score, _), (_, continuation) in zip(own, of, strict=True)]
         right.append(_argmax([score for score, _ in own]) == document["gold"])
-        right_norm.append(_argmax(by_byte) == document["gold"])
+        if kind == "choices":  # lm_eval's rule: by the characters of the choice, without the space in front
+            shares = [score / max(len(choice), 1) for (score, _), choice in zip(own, document["choices"], strict=True)]
+            right_norm.append(_argmax(shares) == document["gold"])
     result = _accuracy("acc", right)
     if kind == "choices":
         result |= _accuracy("acc_norm", right_norm)
@@ -157,23 +163,45 @@ def _pairs(document: dict[str, Any], kind: str) -> list[tuple[str, str]]:
 
 
 def _read(path: Path, limit: int | None) -> tuple[list[dict[str, Any]], str]:
+    """The first `limit` documents of a task file, and their kind. Raises CTPError naming the line that is wrong."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-        documents = [json.loads(line) for line in lines]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut inside a string, at U+2028
+    except (OSError, UnicodeDecodeError) as error:
         raise CTPError(f"cannot read the task {path}: {error}") from error
+    documents, kinds = [], []
+    for number, line in [(n, line) for n, line in enumerate(lines, 1) if line.strip()][:limit]:
+        try:
+            documents.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise CTPError(f"cannot read the task {path}: line {number} is not JSON: {error.msg}") from error
+        kinds.append(_kind(documents[-1]))
+        if kinds[-1] is None or kinds[-1] != kinds[0]:
+            fields = " or ".join(", ".join(fields) for fields in KINDS.values())
+            raise CTPError(
+                f"{path} is not one kind of task: line {number} does not hold {fields}, as its other lines do"
+            )
+        options = documents[-1].get("choices") or documents[-1].get("context_options")
+        if options and not 0 <= documents[-1]["gold"] < len(options):
+            raise CTPError(
+                f"{path} line {number}: gold is {documents[-1]['gold']}, but there are {len(options)} choices"
+            )
     if not documents:
         raise CTPError(f"the task {path} holds no documents")
-    for number, document in enumerate(documents, 1):
-        options = document.get("choices", document.get("context_options", [])) if isinstance(document, dict) else []
-        if isinstance(options, list) and options and not 0 <= document.get("gold", 0) < len(options):
-            raise CTPError(f"{path} line {number}: gold is {document['gold']}, but there are {len(options)} choices")
-    for kind, fields in KINDS.items():
-        if all(isinstance(d, dict) and all(isinstance(d.get(k), t) for k, t in fields.items()) for d in documents):
-            return documents, kind
-    raise CTPError(
-        f"{path} is not one kind of task: each line holds {' or '.join(', '.join(f) for f in KINDS.values())}"
-    )
+    return documents, kinds[0]
+
+
+def _kind(document: Any) -> str | None:
+    """The entry of KINDS whose fields a document has, each of its type; lists hold one string or more."""
+
+    def fits(value: Any, wanted: type) -> bool:
+        if wanted is list:
+            return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+        return isinstance(value, wanted)
+
+    if not isinstance(document, dict):
+        return None
+    found = (kind for kind, fields in KINDS.items() if all(fits(document.get(k), t) for k, t in fields.items()))
+    return next(found, None)
 
 
 def _argmax(scores: list[float]) -> int:
