@@ -25,7 +25,7 @@ Model = Annotated[
     str, typer.Argument(help="a model folder (packed or not), a hub name, embedded:llama or embedded:opt")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
-Seed = Annotated[int, typer.Option(help="of everything random")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of everything random; recorded where nothing is random")]
 Data = Annotated[
     str,
     typer.Option(
@@ -34,6 +34,11 @@ Data = Annotated[
     ),
 ]
 
+#: Tokens a window, where the default is what the model holds.
+Length = Annotated[
+    int | None, typer.Option(min=2, help="tokens a window (default 2048, or what context and prompt leave)")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="windows at a time")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Dtype = Annotated[
     str | None,
@@ -71,8 +76,8 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="text to calibrate on, as --data of the other commands")
     ] = "embedded",
-    samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
-    length: Annotated[int | None, typer.Option(help="tokens a window (default 2048, or the model's context)")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="calibration windows")] = 128,
+    length: Length = None,
     mse: Annotated[bool, typer.Option(help="search each grid for the least error")] = False,
     csv: Annotated[Path | None, typer.Option(help="write the error of every layer to this file")] = None,
     device: Device = "cpu",
@@ -101,14 +106,14 @@ def train(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the prompt (PEFT's layout)")],
     data: Data = "embedded",
-    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 100,
+    tokens: Annotated[int, typer.Option(min=1, help="length of the prompt")] = 100,
     loss: Annotated[str, typer.Option(help="ce: next token; kl: distil from the dense model")] = "ce",
     teacher: Annotated[str | None, typer.Option(help="dense model for kl (default: the original)")] = None,
     init: Annotated[str, typer.Option(help="vocab, mean or text:<words>")] = "vocab",
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 600,
-    batch_size: Annotated[int, typer.Option(help="windows a step")] = 8,
-    accumulation: Annotated[int, typer.Option(help="batches a step")] = 1,
-    length: Annotated[int, typer.Option(help="tokens a window")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 600,
+    batch_size: BatchSize = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="batches a step")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="tokens a window")] = 256,
     lr: Annotated[float, typer.Option(help="peak learning rate, in units of the embedding table's RMS")] = 0.15,
     schedule: Annotated[str, typer.Option(help="cosine or linear")] = "cosine",
     resume: Annotated[bool, typer.Option(help="go on from the last saved state of this output")] = False,
@@ -136,12 +141,12 @@ def evaluate(
     data: Data = "embedded",
     prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
-    length: Annotated[int | None, typer.Option(help="tokens a window (default: what the context holds)")] = None,
-    stride: Annotated[int | None, typer.Option(help="text tokens between windows (default: no overlap)")] = None,
-    count: Annotated[int | None, typer.Option(help="windows (default: all)")] = None,
+    length: Length = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="text tokens between windows (default: no overlap)")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="windows (default: all)")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm_eval tasks or local .jsonl files, separated by commas")] = None,
-    limit: Annotated[int | None, typer.Option(help="examples a task")] = None,
-    batch_size: Annotated[int, typer.Option(help="windows at a time")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="examples a task")] = None,
+    batch_size: BatchSize = 8,
     device: Device = "cpu",
     dtype: Dtype = None,
     json_file: Json = None,
@@ -185,8 +190,8 @@ def generate(
     model: Model,
     text: Annotated[str, typer.Argument(help="what to continue")],
     prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     device: Device = "cpu",
     dtype: Dtype = None,
     json_file: Json = None,
@@ -216,13 +221,14 @@ def generate(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="a packed model or a prompt")],
     json_file: Json = None,
+    seed: Seed = 0,
 ) -> None:
     """What a packed model or a prompt holds, from its files alone."""
     from ctp.report.inspect import inspect_folder
 
     result = inspect_folder(folder)
     typer.echo(result.pop("text"))
-    _write(json_file, result)
+    _write(json_file, {**result, "seed": seed})
 
 
 @command
@@ -232,13 +238,14 @@ def explain(
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, which need not be there")] = "cpu",
     json_file: Json = None,
+    seed: Seed = 0,
 ) -> None:
     """Which kernel runs each packed layer, and why."""
     from ctp.jobs import explain_model
 
     explanation = explain_model(model, rows=rows, dtype=dtype, device=device)
     typer.echo(str(explanation))
-    _write(json_file, explanation.rows)
+    _write(json_file, [{**row, "seed": seed} for row in explanation.rows])
 
 
 @command
@@ -248,6 +255,7 @@ def warmup(
     dtype: Annotated[str, typer.Option(help="of the activations: bfloat16, float16 or float32")] = "bfloat16",
     tune: Annotated[bool, typer.Option(help="also time other tiles, and keep the best for this GPU")] = False,
     json_file: Json = None,
+    seed: Seed = 0,
 ) -> None:
     """Compile every GPU kernel that a packed model needs, so that no first token waits for a compiler."""
     from ctp.jobs import warm_up_model
@@ -255,14 +263,16 @@ def warmup(
     result = warm_up_model(model, rows=rows, dtype=dtype, tune=tune)
     typer.echo(f"{result['gpu']}: {result['kernels']} launches of {result['layers']} kinds of layer are compiled"
                + (f", {len(result['tuned'])} plans tuned" if tune else ""))  # fmt: skip
-    _write(json_file, result)
+    _write(json_file, {**result, "seed": seed})
 
 
 @command
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")] = Path("runs/demo"),
     model: Annotated[str, typer.Option(help="embedded:llama or embedded:opt")] = "embedded:llama",
-    steps: Annotated[int | None, typer.Option(help="training steps a prompt (default: about a minute's worth)")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="training steps a prompt (default: about a minute's worth)")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="keep the rows that an interrupted run has finished")] = False,
     json_file: Json = None,
     seed: Seed = 0,

@@ -70,6 +70,8 @@ def token_windows(
 
     Raises CTPError for a set that is not there, holds no text, or is shorter than one window.
     """
+    if count is not None and count < 1:
+        raise CTPError(f"{count} windows hold no text: use 1 or more")
     text = read_text(spec, split)
     bos = tokenizer.bos_token_id
     body = length - (bos is not None)

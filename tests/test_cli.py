@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -72,7 +73,7 @@ def test_generate_inspect_explain(folders):
     assert "8 tokens" in ctp("inspect", folders / "prompt")
     rows = folders / "explain.json"
     assert "forward" in ctp("explain", folders / "packed", "--json", rows)
-    assert all(row["forward"] for row in json.loads(rows.read_text()))
+    assert all(row["forward"] and row["seed"] == 0 for row in json.loads(rows.read_text()))
 
 
 @needs_opt
@@ -129,6 +130,28 @@ def test_bad_input_is_one_sentence_and_code_2(case, tmp_path):
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bert", "empty"], "something half-written was left"
+
+
+NUMBERS = {
+    "compress": ["--samples 0", "--samples -1", "--length 0", "--seed -1"],
+    "train": ["--steps 0", "--tokens 0", "--batch-size 0", "--accumulation 0", "--length 1", f"--seed {2**63}"],
+    "evaluate": ["--count 0", "--count -1", "--length 0", "--batch-size 0", "--limit -1", "--stride 0"],
+    "generate": ["--max-new-tokens 0", "--temperature -1"],
+    "demo": ["--steps 0"],
+}
+
+
+@pytest.mark.parametrize(("command", "option"), [(c, option) for c, options in NUMBERS.items() for option in options])
+def test_numbers_out_of_range_are_named(command, option, tmp_path):
+    required = {"compress": [OPT, "--format", "int4"], "train": [OPT], "evaluate": [OPT], "generate": [OPT, "x"]}
+    out = ["-o", tmp_path / "out"] if command in ("compress", "train", "demo") else []
+    output = ctp(command, *required.get(command, []), *out, *option.split(), code=2)
+    assert "Invalid value" in output and option.split()[0] in output and not (tmp_path / "out").exists()
+
+
+def test_every_command_takes_json_and_seed():
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        assert {"--json", "--seed"} <= {name for option in command.params for name in option.opts}, command.name
 
 
 @needs_opt

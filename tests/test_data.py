@@ -201,6 +201,8 @@ def test_bad_input_is_one_sentence(tmp_path, story):
         ({"length": 1}, "nothing to predict"),
         ({"length": 8, "stride": 8}, "does not fit windows of 7"),
         ({"length": 8, "seed": 1}, "need a count"),
+        ({"length": 8, "count": 0}, "0 windows hold no text"),
+        ({"length": 8, "seed": 1, "count": -1}, "-1 windows hold no text"),
         ({"length": 8, "split": "dev"}, "no split"),
     ]:
         with pytest.raises(CTPError, match=message):

@@ -42,6 +42,12 @@ def test_demo_writes_results_and_report_and_resumes(small, tmp_path):
         demo.run_demo(tmp_path, model="embedded:opt", steps=3, resume=True)
 
 
+def test_demo_into_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CTPError, match="is a file, not a folder"):
+        demo.run_demo(tmp_path / "file", model="embedded:opt")
+
+
 def test_bench_items_are_skipped_without_the_flag():
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-rs", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -307,7 +308,10 @@ def test_bad_settings_are_one_sentence():
         ({"loss": "mse"}, "choose ce or kl"),
         ({"loss": "kl"}, "give it as the teacher"),
         ({"schedule": "step"}, "choose cosine or linear"),
+        ({"loss": "kl", "teacher": load_model("embedded:opt")[0]}, "the teacher has 2048 words, the model 96"),
         ({"steps": 0}, "steps is 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
         ({"tokens": 0}, "no prompt"),
         ({"tokens": 120}, "take 136 positions"),
         ({"init": "zeros"}, "choose vocab, mean"),

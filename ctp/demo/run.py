@@ -57,6 +57,8 @@ def run_demo(
     `report.html`. With `resume`, rows that a run with the same settings has finished are kept.
     """
     began = time.perf_counter()
+    if output.exists() and not output.is_dir():
+        raise CTPError(f"{output} is a file, not a folder: choose another output")
     settings = {**SETTINGS, "model": model, "seed": seed, "steps": steps or SETTINGS["steps"], "version": __version__}
     output.mkdir(parents=True, exist_ok=True)
     dense, tokenizer = load_model(model)

@@ -86,7 +86,7 @@ def train_prompt(
 
     Raises CTPError for settings that do not fit, a resumed run with other settings, and a loss that is not finite.
     """
-    _check(model, train, valid, tokens, loss, teacher, schedule, steps, batch_size, accumulation, eval_every)
+    _check(model, train, valid, tokens, loss, teacher, schedule, steps, lr, batch_size, accumulation, eval_every)
     device = next(model.parameters()).device
     table = embedding_table(model)
     unit = table.detach().float().square().mean().sqrt().item()
@@ -257,6 +257,7 @@ def _check(
     teacher: nn.Module | None,
     schedule: str,
     steps: int,
+    lr: float,
     batch_size: int,
     accumulation: int,
     eval_every: int,
@@ -265,6 +266,10 @@ def _check(
         raise CTPError(f"no loss is called {loss!r}: choose ce or kl")
     if loss == "kl" and teacher is None:
         raise CTPError("loss kl learns from the dense model: give it as the teacher")
+    if loss == "kl" and teacher is not None:
+        words, own = len(embedding_table(teacher)), len(embedding_table(model))
+        if words != own:
+            raise CTPError(f"the teacher has {words} words, the model {own}: use a teacher with the model's tokenizer")
     if schedule not in ("cosine", "linear"):
         raise CTPError(f"no schedule is called {schedule!r}: choose cosine or linear")
     for name, value in (
@@ -275,6 +280,8 @@ def _check(
     ):
         if value < 1:
             raise CTPError(f"{name} is {value}: use 1 or more")
+    if not 0 < lr < math.inf:
+        raise CTPError(f"lr is {lr}: use a number above 0")
     for windows in (train, valid):
         check_context(model, tokens + windows.ids.shape[1])
         if not windows.scored[:, 1:].any(1).all():
