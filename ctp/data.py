@@ -23,6 +23,8 @@ from ctp_kernels.errors import CTPError
 SPLITS = ("train", "valid", "test")
 SEPARATOR = "<|endoftext|>"
 EMBEDDED = Path(__file__).parent / "demo" / "text"
+#: Documents that are read of an `hf:` set at most, and the rows that are cut at a time where it has no splits.
+HUB_ROWS, HUB_BLOCK = 100_000, 1000
 NAMES = ("embedded", "embedded:docs", "embedded:code", "wikitext2", "c4", "ptb")
 
 
@@ -64,7 +66,7 @@ def token_windows(
     """Windows of `length` tokens from one split of a text set.
 
     spec: `embedded[:docs|:code]`, `wikitext2`, `c4`, `ptb`, a `.txt/.jsonl/.parquet` file (or `.gz` of one; a
-    `{split}` in its name stands for train, valid or test), or `hf:org/set:config:split:column`.
+    `{split}` in its name stands for train, valid or test), or `hf:org/set:config:split:column` (see `_hub`).
     With a seed, `count` windows start at random places; without, windows follow each other by `stride` text tokens
     (default: no overlap), and a token that two windows share is scored in the first only. The tail is dropped.
 
@@ -72,7 +74,7 @@ def token_windows(
     """
     if count is not None and count < 1:
         raise CTPError(f"{count} windows hold no text: use 1 or more")
-    text = read_text(spec, split)
+    text = read_text(spec, split, count * length if count else None)
     bos = tokenizer.bos_token_id
     body = length - (bos is not None)
     if body < 1 or length < 2:
@@ -111,8 +113,12 @@ def token_windows(
     return Windows(ids, scored, info)
 
 
-def read_text(spec: str, split: str) -> Text:
-    """The documents of one split of a set; see `token_windows` for the names."""
+def read_text(spec: str, split: str, tokens: int | None = None) -> Text:
+    """The documents of one split of a set; see `token_windows` for the names.
+
+    Of `hf:` sets the first HUB_ROWS documents are read, or fewer where `tokens` says how many are wanted: a document
+    holds one or more.
+    """
     if split not in SPLITS:
         raise CTPError(f"there is no split {split!r}: choose train, valid or test")
     if spec in ("embedded", "embedded:docs", "embedded:code"):
@@ -122,7 +128,7 @@ def read_text(spec: str, split: str) -> Text:
     elif spec in ("wikitext2", "c4", "ptb"):
         text = _published(spec, split)
     elif spec.startswith("hf:"):
-        text = _hub(spec, split)
+        text = _hub(spec, split, min(HUB_ROWS, tokens or HUB_ROWS))
     else:
         text = _local(spec, split)
     if not any(document.strip() for document in text.documents):
@@ -243,17 +249,27 @@ def _published(name: str, split: str) -> Text:
     return Text(list(itertools.islice(rows, skip, skip + take)), " ", name, where)
 
 
-def _hub(spec: str, split: str) -> Text:
-    """`hf:org/set:config:split:column`; an empty split asks for the set's own, a named one is cut 90/5/5."""
+def _hub(spec: str, split: str, limit: int) -> Text:
+    """The first `limit` documents of `hf:org/set:config:split:column`.
+
+    An empty split asks for the set's own. A named one is cut 90/5/5 in every HUB_BLOCK rows by itself, so that a part
+    can be read from the front of a set of any length, and no row is in two parts however many are read.
+    """
     parts = spec.split(":")[1:] + [""] * 4
     name, config, named, column = parts[:4]
     if not name or len(spec.split(":")) > 5:
         raise CTPError(f"{spec} is not of the form hf:org/set:config:split:column")
-    rows = list(_rows(name, config or None, named or {"valid": "validation"}.get(split, split), column or "text"))
-    if not named:
-        return Text(rows, None, spec, split)
-    rows, note = _cut(rows, split)
-    return Text(rows, None, spec, f"{split} ({note}: {named})")
+    rows = iter(_rows(name, config or None, named or {"valid": "validation"}.get(split, split), column or "text"))
+    where = split
+    if named:
+        rows, where = _cut_blocks(rows, split), f"{split} (every {HUB_BLOCK:,} rows of {named} cut 90/5/5)"
+    documents = list(itertools.islice(rows, limit))
+    return Text(documents, None, spec, where + (f", first {limit:,} documents" if len(documents) == limit else ""))
+
+
+def _cut_blocks(rows: Iterator[str], split: str) -> Iterator[str]:
+    while block := list(itertools.islice(rows, HUB_BLOCK)):
+        yield from _cut(block, split)[0]
 
 
 def _rows(

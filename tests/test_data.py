@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import sys
 import types
@@ -10,6 +11,7 @@ import types
 import pytest
 import torch
 
+from ctp import data
 from ctp.data import EMBEDDED, read_text, token_windows
 from ctp_kernels.errors import CTPError
 
@@ -155,6 +157,28 @@ def test_hub_name_with_a_split_is_cut_and_without_takes_its_own(monkeypatch):
         ("org/set", "main", "train"),
         ("org/set", None, "validation"),
     ]
+
+
+def test_a_hub_set_is_read_only_as_far_as_asked(monkeypatch):
+    pulled = []
+    endless = ({"text": f"row {i}"} for i in itertools.count() if pulled.append(i) is None)
+    _fake_hub(monkeypatch, endless)
+    windows = token_windows("hf:org/set", TOKENIZER, 20, count=2, seed=0)
+    assert len(windows) == 2 and len(pulled) == 40 and windows.info["split"] == "train, first 40 documents"
+    monkeypatch.setattr(data, "HUB_ROWS", 500)
+    assert len(read_text("hf:org/set", "train").documents) == 500
+
+
+def test_the_parts_of_a_named_hub_split_do_not_depend_on_how_much_is_read(monkeypatch):
+    parts = {}
+    for split in ("train", "valid", "test"):
+        for tokens in (None, 120):
+            _fake_hub(monkeypatch, [{"text": str(i)} for i in range(2500)])
+            parts[split, tokens] = read_text("hf:org/set::train", split, tokens).documents
+        assert parts[split, 120] == parts[split, None][:120]
+    whole = [parts[split, None] for split in ("train", "valid", "test")]
+    assert [len(part) for part in whole] == [2250, 125, 125] and len(set().union(*whole)) == 2500
+    assert whole[1][0] == "900" and whole[2][-1] == "2499"
 
 
 def test_hub_bad_column_missing_package_and_no_network(monkeypatch):
