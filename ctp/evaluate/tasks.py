@@ -177,9 +177,7 @@ def _read(path: Path, limit: int | None) -> tuple[list[dict[str, Any]], str]:
         kinds.append(_kind(documents[-1]))
         if kinds[-1] is None or kinds[-1] != kinds[0]:
             fields = " or ".join(", ".join(fields) for fields in KINDS.values())
-            raise CTPError(
-                f"{path} is not one kind of task: line {number} does not hold {fields}, as its other lines do"
-            )
+            raise CTPError(f"{path} is not one kind of task: each line holds {fields}, and line {number} does not fit")
         options = documents[-1].get("choices") or documents[-1].get("context_options")
         if options and not 0 <= documents[-1]["gold"] < len(options):
             raise CTPError(
