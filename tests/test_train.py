@@ -22,6 +22,7 @@ from ctp.model import load_model
 from ctp.prompt import SoftPrompt, prompted_logits
 from ctp.prompt import train as training
 from ctp.prompt.soft import init_prompt
+from ctp.prompt.state import lines
 from ctp.prompt.train import train_prompt
 from ctp_kernels import PackedWeight, explain, patch_model
 from ctp_kernels.errors import CTPError
@@ -163,6 +164,10 @@ def test_finished_folder_holds_prompt_log_and_curve(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "p" / "log.jsonl").read_text().splitlines()] == result.history
     if training.write_curve(result.history, tmp_path / "curve.png"):
         assert (tmp_path / "p" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_infinite_perplexity_is_null_in_the_log():
+    assert json.loads(lines([{"step": 0, "valid_perplexity": math.inf}])) == {"step": 0, "valid_perplexity": None}
 
 
 class Killed(BaseException):
