@@ -31,6 +31,7 @@ CASES = [
     ("int4, bf16 activations", "int4", 0.0, "exact", torch.bfloat16),
     ("sparse24-bf16, bf16 activations", "sparse24-bf16", 0.5, "exact", torch.bfloat16),
     ("unstructured-bf16 50 %, bf16 activations", "unstructured-bf16", 0.5, "exact", torch.bfloat16),
+    ("unstructured-bf16 75 %, bf16 activations", "unstructured-bf16", 0.75, "exact", torch.bfloat16),
 ]
 EXTRA = [(name, name, 0.5) for name in FORMATS if name not in {case[1] for case in CASES}]
 SHAPES = [(4096, 4096), (2048, 2048), (11008, 4096), (4096, 11008)]
