@@ -363,7 +363,7 @@ def test_unsupported_says_why() -> None:
 INT8 = [
     *("int4", "int3", "int2", "int8", "int4-asym", "int4-g8", "int3-g64", "int4-g256", "int4-g192-asym", "int2-row"),
     *("sparse24-int4", "sparse24-int8-row-asym", "unstructured-int3", "unstructured-int4-asym"),
-    "unstructured-int8-g24-asym",
+    *("unstructured-int8-g24-asym", "int3-g24-asym"),
 ]
 
 

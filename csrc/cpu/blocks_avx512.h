@@ -239,6 +239,11 @@ struct Blocks {
     }
   }
 
+  // Where the first half of the inputs has another grid than the second.
+  static vf halves(const Weight& w, const Held& held, const G& first, const G& second, int i) {
+    return _mm512_mask_mov_ps(strided(w, held, first, i), 0xff00, strided(w, held, second, i));
+  }
+
   static void reorder(float* x) {
     if constexpr (kStride == 4) {
       alignas(64) float out[64];

@@ -27,18 +27,6 @@ inline bool in_brain(const Job& job) {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// Inputs k .. end - 1 of a row: whole blocks and a rest in one group, or a block whose halves lie in two.
-struct Run {
-  int64_t group, second, end;
-};
-template <class Values>
-inline Run run_at(const Weight& w, int64_t k, int64_t k1) {
-  if (!Values::kGrouped) return {0, 0, k1};
-  const int64_t group = (uint32_t)k / (uint32_t)w.group, left = (group + 1) * w.group - k;
-  if (left == 32 && w.group >= 32 && k + 64 <= k1) return {group, group + 1, k + 64};
-  return {group, group, least(k + left, k1)};
-}
-
 // The values of a run in bf16.
 template <class Pattern, class Values>
 struct Brain {
@@ -91,9 +79,6 @@ CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1
   }
   return slot;
 }
-
-// Whether every block of W is in one run.
-inline bool in_runs(const Weight& w) { return w.values < CTP_INT8 || w.group % 32 == 0 || w.groups == 1; }
 
 // As dots() in dots.h, for pairs of x: span.ldx counts pairs.
 template <class Pattern, class Values, int kM>
@@ -283,7 +268,6 @@ template <class Pattern, class Values, int kM>
 constexpr Dots kBrainDotsOf = nullptr;
 constexpr int64_t kBrainFew = 0, kBrainDots = 0;
 inline bool in_brain(const Job&) { return false; }
-inline bool in_runs(const Weight&) { return false; }
 inline int64_t brain_floats() { return 0; }
 template <class Decoder>
 void brain_part(const Job&, const Decoder&, const Part&, float*) {}

@@ -23,10 +23,23 @@ struct Span {
 // after k1. ahead: how many inputs further on to prefetch from. Past the last row of W, that row is repeated.
 using Dots = void (*)(const Weight&, const Span&, int64_t n, int64_t m0, int64_t* slots, int64_t ahead, float* sums);
 
-// Whether 64 inputs share a grid.
+// Inputs k .. end - 1 of a row: whole blocks, or fewer than 64 inputs, in one group; or a block whose halves lie in
+// two.
+struct Run {
+  int64_t group, second, end;
+};
+template <class Values>
+inline Run run_at(const Weight& w, int64_t k, int64_t k1) {
+  const int64_t group = Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0;
+  const int64_t left = Values::kGrouped ? least((group + 1) * w.group, k1) - k : k1 - k;
+  if (left == 32 && w.group >= 32 && k + 64 <= k1) return {group, group + 1, k + 64};
+  return {group, group, k + (left < 64 ? left : left & ~63)};
+}
+
+// Whether 64 inputs share a grid, or with AVX-512 two.
 template <class Values>
 bool in_blocks(const Weight& w) {
-  return !Values::kGrouped || w.group % 64 == 0 || w.groups == 1;
+  return !Values::kGrouped || w.group % (W == 16 ? 32 : 64) == 0 || w.groups == 1;
 }
 
 // Some inputs of a row of x, as dots() takes them.
@@ -36,7 +49,8 @@ void reorder_row(const Weight& w, float* x, int64_t count) {
 }
 
 // kR rows of W by kM of x, whose sums stay in registers: all of them, or those of a group where a scale is left out.
-template <class Pattern, class Values, int kR, int kM>
+// kHalves: whether the halves of a block may lie in two groups.
+template <class Pattern, class Values, int kR, int kM, bool kHalves>
 inline void dot_block(const Weight& w, const Span& span, int64_t n, int64_t m0, int64_t* slots, int64_t ahead,
                       float* sums) {
   using B = Blocks<Pattern, Values>;
@@ -72,15 +86,16 @@ inline void dot_block(const Weight& w, const Span& span, int64_t n, int64_t m0, 
     if (B::kScaled && w.symmetric) steps[r] = typename B::Steps(Values::grid(w, rows[r], 0));
   }
   clear();
-  for (int64_t group = Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0; k + 64 <= k1; ++group) {
-    const int64_t end = Values::kGrouped ? least((group + 1) * w.group, k1) : k1;
-    typename B::G grids[kR];
+  while (k + 64 <= k1) {
+    const Run run = run_at<Values>(w, k, k1);
+    typename B::G grids[kR], others[kR];
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
-      grids[r] = Values::grid(w, rows[r], group);
+      grids[r] = Values::grid(w, rows[r], run.group);
+      if (kHalves) others[r] = Values::grid(w, rows[r], run.second);
       if (!(B::kScaled && w.symmetric)) steps[r] = typename B::Steps(grids[r]);
     }
-    for (; k + 64 <= end; k += 64) {
+    for (; k < run.end; k += 64) {
       Held held[kR];
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) held[r] = blocks[r].template next<true>(w, grids[r], grids[r], ahead);
@@ -88,7 +103,11 @@ inline void dot_block(const Weight& w, const Span& span, int64_t n, int64_t m0, 
       for (int i = 0; i < 64 / W; ++i) {
         vf values[kR];
 #pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r) values[r] = B::strided(w, held[r], steps[r], i);
+        for (int r = 0; r < kR; ++r)
+          if constexpr (kHalves)
+            values[r] = B::halves(w, held[r], grids[r], others[r], i);
+          else
+            values[r] = B::strided(w, held[r], steps[r], i);
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
           const vf inputs = held_load(x + m * ldx + k + W * i);
@@ -123,8 +142,10 @@ inline void dot_block(const Weight& w, const Span& span, int64_t n, int64_t m0, 
 template <class Pattern, class Values, int kM>
 void dots(const Weight& w, const Span& span, int64_t n, int64_t m0, int64_t* slots, int64_t ahead, float* sums) {
   constexpr int kR = W == 8 && kM > 1 ? 2 : 4 * kM <= kDotMost ? 4 : kDotMost / kM;
-  for (int r = 0; r < 4; r += kR)
-    dot_block<Pattern, Values, kR, kM>(w, span, n + r, m0, slots + r, ahead, sums + r * W);
+  auto block = dot_block<Pattern, Values, kR, kM, false>;
+  if constexpr (Values::kGrouped && W == 16)
+    if (w.group % 64 && w.groups > 1) block = dot_block<Pattern, Values, kR, kM, true>;
+  for (int r = 0; r < 4; r += kR) block(w, span, n + r, m0, slots + r, ahead, sums + r * W);
 }
 
 }  // namespace

@@ -127,8 +127,9 @@ int64_t dot_floats(const Job& job) {
 }
 
 // Whether these dot products are of pairs of bf16. Four rows of x or fewer gain little, so that W is not rounded there.
-inline bool in_brain_dots(const Job& job) {
-  return job.m <= kBrainDots && (job.m > 4 || job.weight.values == CTP_BF16) && in_runs(job.weight) && in_brain(job);
+inline bool in_brain_dots(const Job& job, const Decoder& decoder) {
+  return job.m <= kBrainDots && (job.m > 4 || job.weight.values == CTP_BF16) && decoder.in_blocks(job.weight) &&
+         in_brain(job);
 }
 
 // Rows of W, four at a time, are decoded in registers where dots.h can, as often as four rows of x want them; or once,
@@ -139,10 +140,12 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
   const int64_t padded = padded_inputs(w), ms = job.m + 3;
   float *x = scratch, *sums = x + ms * padded, *rows = sums + ms * kDotGroup * W;
   const bool codes = w.values >= CTP_INT8, dense = w.pattern == CTP_DENSE;
-  const bool pairs = in_brain_dots(job);
-  const bool in_registers = pairs || decoder.in_blocks(w) && job.m <= (W == 16 && dense && w.values == CTP_INT4 ? 24
-                                                                       : W == 8 && codes && !dense              ? 4
-                                                                                                                : 8);
+  const bool pairs = in_brain_dots(job, decoder);
+  // Rows of x up to which decoding as often as four of them want is faster than decoding into L1.
+  const int64_t few = W == 16 && dense && w.values == CTP_INT4 && w.group % 64 == 0 ? 24
+                      : W == 8 && codes && !dense                                   ? 4
+                                                                                    : 8;
+  const bool in_registers = pairs || (decoder.in_blocks(w) && job.m <= few);
   // Inputs of a chunk: what L1 holds of the rows of x that meet rows of W there, and a whole number of blocks.
   const int64_t chunk = least(pairs          ? 2 * kDotInputs / least(job.m, 8) & ~63
                               : in_registers ? kDotInputs / least(job.m, 4) & ~63
