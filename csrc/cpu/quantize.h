@@ -41,9 +41,14 @@ int32_t quantize(const float* x, int64_t segment, int32_t* rounded, float* scale
   alignas(64) int32_t lanes[W], most = 0, sum = 0;
   store((float*)lanes, (vf)top);
   for (int i = 0; i < W; ++i) most = lanes[i] > most ? lanes[i] : most;
+  if (most >= 0x7f800000) {  // not finite
+    *scale = __builtin_nanf("");
+    memset(rounded, 0, sizeof(int32_t) * (size_t)segment);
+    return 0;
+  }
   const float largest = peek<float>(&most);
   const float inverse = largest < 1e-36f ? 0 : 127 / largest;  // below: 127 / largest may overflow
-  *scale = most >= 0x7f800000 ? __builtin_nanf("") : largest < 1e-36f ? 0 : largest / 127;
+  *scale = largest < 1e-36f ? 0 : largest / 127;
   for (int64_t i = 0; i < segment; i += W) {
     // In 1.5 * 2^23 + integer the integer is in the low bits.
     const vf shifted = add(mul(load(x + i), set1(inverse)), set1(12582912.0f));
