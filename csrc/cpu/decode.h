@@ -5,7 +5,20 @@
 
 namespace {
 
-// One run of inputs k .. end - 1 that share a grid, fewer than 64: out[0 .. end - k), then zeros up to a multiple of W.
+// Inputs k .. end - 1 of a row: whole blocks, or fewer than 64 inputs, in one group; or a block whose halves lie in
+// two.
+struct Run {
+  int64_t group, second, end;
+};
+template <class Values>
+inline Run run_at(const Weight& w, int64_t k, int64_t k1) {
+  const int64_t group = Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0;
+  const int64_t left = Values::kGrouped ? least((group + 1) * w.group, k1) - k : k1 - k;
+  if (left == 32 && w.group >= 32 && k + 64 <= k1) return {group, group + 1, k + 64};
+  return {group, group, k + (left < 64 ? left : left & ~63)};
+}
+
+// A run of fewer than 64 inputs, k .. end - 1: out[0 .. end - k), then zeros up to a multiple of W.
 
 template <class Values, class G>
 inline void dense_run(const Weight& w, const G& grid, int64_t slot, int64_t count, float* out) {
@@ -35,23 +48,18 @@ constexpr int64_t kSpare = 64 + 4 * W;  // the entries of a run, those before th
 template <class Pattern, class Values>
 int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* out) {
   using B = Blocks<Pattern, Values>;
-  int64_t group = Values::kGrouped ? (uint32_t)k0 / (uint32_t)w.group : 0;
   B blocks(w, row, k0, slot);
-  for (int64_t k = k0; k < k1; ++group) {
-    const int64_t end = Values::kGrouped ? least((group + 1) * w.group, k1) : k1;
-    const auto grid = Values::grid(w, row, group);
-    const auto block = [&](const auto& second) {
-      const Held held = blocks.template next<false>(w, grid, second, ahead);
+  for (int64_t k = k0; k < k1;) {
+    const Run run = run_at<Values>(w, k, k1);
+    const int64_t end = run.end;
+    const auto grid = Values::grid(w, row, run.group);
+    if (end - k >= 64) {
+      const auto second = run.second == run.group ? grid : Values::grid(w, row, run.second);
+      for (; k < end; k += 64, out += 64) {
+        const Held held = blocks.template next<false>(w, grid, second, ahead);
 #pragma GCC unroll 8
-      for (int i = 0; i < 64 / W; ++i) store(out + W * i, B::lanes(w, held, W * i < 32 ? grid : second, i));
-      k += 64;
-      out += 64;
-    };
-    while (k + 64 <= end) block(grid);
-    if (k == end) continue;
-    if (Values::kGrouped && end - k == 32 && least(end + w.group, k1) >= k + 64) {  // half of the next group
-      block(Values::grid(w, row, group + 1));
-      group += k == end + w.group;
+        for (int i = 0; i < 64 / W; ++i) store(out + W * i, B::lanes(w, held, W * i < 32 ? grid : second, i));
+      }
       continue;
     }
     slot = blocks.slot;

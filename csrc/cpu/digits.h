@@ -90,7 +90,7 @@ void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
 template <int kBits>
 inline vi join(vi first, vi second) {
   if constexpr (kBits == 8) return (first << 8) + second;
-  // It has 16 bits: 2 blocks of up to 4 fields of 4 products below 2^4 2^7.
+  // It has 16 bits: see digit_dots().
   return (vi)_mm512_dpwssd_epi32((__m512i)second, (__m512i)first, _mm512_set1_epi32(1 << 8));
 }
 
@@ -104,6 +104,8 @@ template <class Pattern, class Values, int kBlocks, bool kSymmetric>
 void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t* slots, const float* scales, const float* zeros,
                 int64_t padded, float* sums) {
   constexpr int kR = 4, kFields = Fields<Pattern, Values::kWidth>::kFields;
+  // A lane sums four products of a code and a digit for each field.
+  static_assert(Values::kWidth == 8 || 4 * kBlocks * kFields * ((1 << Values::kWidth) - 1) * 128 < 1 << 15);
   using B = FieldBlocks<Pattern, Values::kWidth>;
   B blocks[kR];
   vf acc[kR];

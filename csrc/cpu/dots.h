@@ -23,19 +23,6 @@ struct Span {
 // after k1. ahead: how many inputs further on to prefetch from. Past the last row of W, that row is repeated.
 using Dots = void (*)(const Weight&, const Span&, int64_t n, int64_t m0, int64_t* slots, int64_t ahead, float* sums);
 
-// Inputs k .. end - 1 of a row: whole blocks, or fewer than 64 inputs, in one group; or a block whose halves lie in
-// two.
-struct Run {
-  int64_t group, second, end;
-};
-template <class Values>
-inline Run run_at(const Weight& w, int64_t k, int64_t k1) {
-  const int64_t group = Values::kGrouped ? (uint32_t)k / (uint32_t)w.group : 0;
-  const int64_t left = Values::kGrouped ? least((group + 1) * w.group, k1) - k : k1 - k;
-  if (left == 32 && w.group >= 32 && k + 64 <= k1) return {group, group + 1, k + 64};
-  return {group, group, k + (left < 64 ? left : left & ~63)};
-}
-
 // Whether 64 inputs share a grid, or with AVX-512 two.
 template <class Values>
 bool in_blocks(const Weight& w) {
