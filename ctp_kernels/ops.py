@@ -8,13 +8,12 @@ backward with respect to the activations; the packed weight is frozen and has no
 nothing but the packed buffers. With compute="int8" (see `backends.COMPUTE`) the backward is that of the exact
 product.
 
-`linear` is what layers call: the operator, or the kernel itself where nobody listens in between.
+`bind` is what layers call where nobody listens in between (`quiet`): the operator's kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -109,18 +108,27 @@ _QUIET = {
 }
 
 
-def linear(x: torch.Tensor, packed: list[torch.Tensor], *rest: Any) -> torch.Tensor:
-    """`ctp::matmul`, with its arguments; without gradients, in plain eager code on the CPU, its kernel alone.
-
-    The operator costs 15 to 80 us a call (the more the colder the caches), a token's layer as little as 30 us.
-    """
-    if (
+def quiet(x: torch.Tensor) -> bool:
+    """Whether this is plain eager code on the CPU without gradients: the operator may be left out of a call."""
+    return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
         and x.is_cpu
         and _keys().raw_repr() in _QUIET
         and not torch.autograd.profiler._is_profiler_enabled
-    ):
-        return _matmul(x, packed, *rest)
-    return torch.ops.ctp.matmul(x, packed, *rest)
+    )
+
+
+def bind(
+    x: torch.Tensor, packed: list[torch.Tensor], format: Format, n: int, backend: str, compute: str
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """(x, bias) -> y for this weight and for activations like x: the operator's kernel, for where it is `quiet`.
+
+    The operator costs 15 to 80 us a call (the more the colder the caches), a token's layer as little as 30 us.
+    """
+    k = x.shape[-1]
+    module = load(choose(format, (n, k), x.dtype, x.device.type, "forward", backend, compute).backend)
+    if hasattr(module, "bind"):
+        return module.bind(packed, format, n, k, compute)
+    return lambda x, bias: _matmul(x, packed, bias, format.name, n, backend, compute)

@@ -15,6 +15,7 @@ from .errors import CTPError
 from .format import FLOAT_DTYPES, Format, as_format, parse_format
 from .fuse import fuse as fuse_layers
 from .linear import PackedLinear
+from .memory import in_huge_pages
 from .packed import pack
 from .patterns import is_sparse24
 
@@ -128,12 +129,15 @@ def patch_model(
     for name, packed_layer in already.items():
         packed_layer.backend, packed_layer.compute = backend, compute
         report.layers.append(_layer_report(name, packed_layer, "was packed already"))
+    layers = []
     for name, linear, chosen in plan:
         pruned = chosen.pattern == "sparse24" and not is_sparse24(linear.weight)
         layer = PackedLinear(pack(linear.weight, chosen), linear.bias, backend, compute)
         layer.train(linear.training)
         _replace(model, linear, layer)
+        layers.append(layer)
         report.layers.append(_layer_report(name, layer, "pruned to 2:4 by magnitude" if pruned else ""))
+    in_huge_pages(layer._buffers for layer in layers)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda layer: order[layer.name])
     report.fused = fuse_layers(model, lambda layer: layer.packed.tensors[0].is_cuda if fuse is None else fuse)

@@ -298,7 +298,8 @@ def test_thread_count_does_not_change_the_bits_of_skipped_zeros(name: str, m: in
 def test_nothing_is_written_around_the_output(name: str) -> None:
     n, k, edge = 33, 172, 64
     packed, _ = packed_weight(name, (n, k))
-    library, weight = cpu._loaded(), c_interface.weight_of(packed.tensors, packed.format, n, k)
+    weight = c_interface.weight_of(packed.tensors, packed.format, n, k, torch.device("cpu"))
+    library = cpu._loaded()
     kinds = list(itertools.product((1, 2, 9, 30), c_interface.DTYPES.items()))
     for isa in isas():
         for m, (dtype, code) in kinds:

@@ -60,22 +60,24 @@ _weights: dict[tuple, tuple[Weight, object]] = {}
 _WEIGHTS_KEPT = 4096
 
 
-def weight_of(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int) -> object:
-    """A reference to the `ctp_weight` of these tensors."""
-    key = (format, n, k, *[(t.data_ptr(), t.dtype) for t in tensors])
+def weight_of(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int, device: torch.device) -> object:
+    """A reference to the `ctp_weight` of these tensors, which must lie where the activations do."""
+    key = (device, format, n, k, *[(t.data_ptr(), t.dtype) for t in tensors])
     found = _weights.get(key)
     if found is None:
-        weight = _describe(tensors, format, n, k)
+        weight = _describe(tensors, format, n, k, device)
         if len(_weights) >= _WEIGHTS_KEPT:
             _weights.clear()
         found = _weights[key] = (weight, ctypes.byref(weight))
     return found[1]
 
 
-def _describe(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int) -> Weight:
-    """Checks the sizes, so that activations of another width cannot make a kernel read out of bounds."""
+def _describe(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int, device: torch.device) -> Weight:
+    """Checks sizes and places, so that activations of another width cannot make a kernel read out of bounds."""
     buffers = dict(zip(format.kernel_names, tensors, strict=True))
     for name, tensor in buffers.items():
+        if tensor.device != device:
+            raise CTPError(f"activations are on {device}, but {name!r} of the {format} weight is on {tensor.device}")
         expected = _elements(name, format, n, k, buffers)
         if tensor.numel() != expected or not tensor.is_contiguous():
             raise CTPError(

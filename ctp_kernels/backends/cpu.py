@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 
@@ -13,6 +14,9 @@ from ..errors import CTPError
 from ..format import Format
 from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
 
+Matmul = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+_CPU = torch.device("cpu")
 _COMPUTE = {"exact": 0, "int8": 1}
 _ISAS = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
 
@@ -88,25 +92,35 @@ def matmul(
     compute: str = "exact",
 ) -> torch.Tensor:
     """y (M, N) = x (M, K) W^T + bias, summed in fp32, rounded once to x's dtype."""
-    library, (m, k) = _loaded(), x.shape
-    weight = weight_of(tensors, format, n, k)
-    x = _laid_out(x)
-    bias, bias_pointer = bias_for(bias, n, x.dtype)
-    y = x.new_empty((m, n))
-    threads = torch.get_num_threads()
-    dtype, mode = DTYPES[x.dtype], _COMPUTE[compute]
-    status = library.ctp_cpu_matmul(
-        weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), dtype, mode, threads
-    )
-    if status:
-        _check(library, status)
-    return y
+    return bind(tensors, format, n, x.shape[-1], compute)(x, bias)
+
+
+def bind(tensors: Sequence[torch.Tensor], format: Format, n: int, k: int, compute: str = "exact") -> Matmul:
+    """(x (..., K), bias) -> y (..., N), as `matmul`: what depends on the weight alone is found once."""
+    library, mode = _loaded(), _COMPUTE[compute]
+    weight, call = weight_of(tensors, format, n, k, _CPU), library.ctp_cpu_matmul
+
+    def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        *rows, _ = x.shape
+        m, apart = prod(rows), k
+        if not x.is_contiguous():
+            x = _laid_out(x.reshape(m, k))
+            apart = x.stride(0)
+        bias, bias_pointer = bias_for(bias, n, x.dtype)
+        y = x.new_empty((*rows, n))
+        threads = torch.get_num_threads()
+        status = call(weight, x.data_ptr(), apart, m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], mode, threads)
+        if status:
+            _check(library, status)
+        return y
+
+    return run
 
 
 def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, k: int) -> torch.Tensor:
     """dx (M, K) = dy (M, N) W, summed as in `matmul`."""
     library, (m, n) = _loaded(), dy.shape
-    weight = weight_of(tensors, format, n, k)
+    weight = weight_of(tensors, format, n, k, _CPU)
     dy = _laid_out(dy)
     dx = dy.new_empty((m, k))
     threads = torch.get_num_threads()

@@ -174,7 +174,7 @@ def launch(
 ) -> torch.Tensor:
     """`matmul` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, k = x.shape
-    weight = weight_of(tensors, format, n, k)
+    weight = weight_of(tensors, format, n, k, x.device)
     x = rows_contiguous(x)
     bias, bias_pointer = bias_for(bias, n, x.dtype)
     y = x.new_empty((m, n))
@@ -199,7 +199,7 @@ def launch_t(
 ) -> torch.Tensor:
     """`matmul_t` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, n = dy.shape
-    weight = weight_of(tensors, format, n, k)
+    weight = weight_of(tensors, format, n, k, dy.device)
     dy = rows_contiguous(dy)
     dx = dy.new_empty((m, k))
     status = library.ctp_cuda_matmul_t(

@@ -25,6 +25,7 @@ from ..errors import CTPError
 from ..files import staged_folder, write_json
 from ..format import FLOAT_DTYPES, parse_format
 from ..linear import PackedLinear
+from ..memory import in_huge_pages
 from ..packed import PackedWeight
 
 MANIFEST = "ctp_manifest.json"
@@ -152,6 +153,7 @@ def load_packed(folder: str | Path) -> nn.Module:
         if not torch.isfinite(parameter).all():
             raise CTPError(f"tensor {name!r} of {folder / WEIGHTS} holds NaN or infinite values")
         parameter.requires_grad_(False)
+    in_huge_pages(m._buffers for m in model.modules() if isinstance(m, PackedLinear))  # and not in the file
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
