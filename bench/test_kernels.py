@@ -14,6 +14,7 @@ import torch
 from bench.machine import machine
 from ctp_kernels import FORMATS, PackedWeight, pack, parse_format
 from ctp_kernels.linear import PackedLinear
+from ctp_kernels.memory import in_huge_pages
 
 #: (name in the table, format, share of zeros in the weight[, compute[, activations]])
 CASES = [
@@ -66,6 +67,7 @@ def weight(format: str, zeros: float, shape: tuple[int, int], dtype: torch.dtype
         PackedWeight(packed.format, packed.shape, dtype, {k: t.clone() for k, t in packed.buffers.items()})
         for _ in copies(packed.nbytes)
     ]
+    in_huge_pages(clone.buffers for clone in clones)  # as patch_model does
     return Weight(clones, [unpacked.clone() for _ in copies(unpacked.nbytes)])
 
 

@@ -1,10 +1,10 @@
 // Sixty-four inputs of a row at a time, in registers. Each of the two headers defines:
 //
-//   Blocks<Pattern, Values> blocks(weight, row, k, slot)   slot: of the first stored entry at or after input k
-//   held = blocks.next<kStrided>(weight, grid, second, ahead)
-//                                                          the next 64 inputs, packed; `grid` and `second` are those of
-//                                                          their halves; `ahead`: how many inputs further on to
-//                                                          prefetch from
+//   Blocks<Pattern, Values> blocks(weight, row, k, slot, ahead)
+//                                                          slot: of the first stored entry at or after input k; `ahead`:
+//                                                          how many inputs further on to prefetch from
+//   held = blocks.next<kStrided>(weight, grid, second)     the next 64 inputs, packed; `grid` and `second` are those of
+//                                                          their halves
 //   Blocks::lanes(weight, held, grid, i)                   values of inputs W i .. W i + W - 1 of them
 //   Blocks::codes(weight, held, pruned, out)               their codes, one a byte; `pruned` where there is no entry
 //   Blocks::reorder(x)                                     64 floats, so that strided(.., i) meets lanes W i and on:

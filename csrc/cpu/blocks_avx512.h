@@ -6,15 +6,16 @@
 
 namespace {
 
-// kBytes bytes at p; or, where kBytes is 0, 64 bytes of which `there` (any number) may be read; then zeros.
+// kBytes bytes at base + at; or, where kBytes is 0, 64 bytes, zeros past base + bytes, from where on none may be read.
 template <int kBytes>
-inline __m512i bytes_at(const uint8_t* p, int64_t there) {
+inline __m512i bytes_at(const void* base, int64_t at, int64_t bytes) {
+  const uint8_t* p = (const uint8_t*)base + at;
   if constexpr (kBytes == 64) return _mm512_loadu_si512(p);
   if constexpr (kBytes == 32) return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
   if constexpr (kBytes == 16) return _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i*)p));
   if constexpr (kBytes == 8) return _mm512_zextsi128_si512(_mm_loadl_epi64((const __m128i*)p));
-  if (__builtin_expect(there >= 64, 1)) return _mm512_loadu_si512(p);
-  return _mm512_maskz_loadu_epi8(there > 0 ? _bzhi_u64(~0ull, (unsigned)there) : 0, p);
+  if (__builtin_expect(at <= bytes - 64, 1)) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8(at < bytes ? _bzhi_u64(~0ull, (unsigned)(bytes - at)) : 0, p);
 }
 
 // The 64 bits from bit `slot` on, of which whole bytes below `limit` may be read.
@@ -45,19 +46,22 @@ inline __m512i eights(__m512i v) {
 // any number is, from any slot.
 template <int kBits, int kStored>
 inline __m512i plane_codes(const uint8_t* plane, int64_t slot, int64_t bytes) {
-  constexpr uint64_t kOffsets = kBits == 4 ? 0x1c1814100c080400 : 0x0e0c0a0806040200;
+  // Where the codes of eight bytes begin, by the bit of the first; a load broadcasts it, which no shuffle unit has to.
+  constexpr uint64_t kFirst = kBits == 4 ? 0x1c1814100c080400 : 0x0e0c0a0806040200, kEach = 0x0101010101010101;
+  static constexpr uint64_t kOffsets[] = {kFirst, kFirst + kBits * kEach, kFirst + 4 * kEach, kFirst + 6 * kEach};
   const int64_t at = slot * kBits >> 3;
-  const uint64_t shift = kStored ? 0 : (uint64_t)(slot * kBits & 7) * 0x0101010101010101;
+  const uint64_t* offsets = kOffsets + (kStored ? 0 : slot & (8 / kBits - 1));
+  asm("" : "+r"(offsets));
   const __m512i fields =
-      _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)(kOffsets + shift)),
-                                   eights<kBits>(bytes_at<kStored * kBits / 8>(plane + at, bytes - at)));
+      _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)*offsets),
+                                   eights<kBits>(bytes_at<kStored * kBits / 8>(plane, at, bytes)));
   return _mm512_and_si512(fields, _mm512_set1_epi8((1 << kBits) - 1));
 }
 
 template <int kBits, int kStored>
 inline __m512i codes64(const Weight& w, int64_t slot) {
   const uint8_t* low = (const uint8_t*)w.stored;
-  if constexpr (kBits == 8) return bytes_at<kStored>(low + slot, w.stored_bytes - slot);
+  if constexpr (kBits == 8) return bytes_at<kStored>(low, slot, w.stored_bytes);
   if constexpr (kBits == 4 && kStored == 32) {  // in half a vector, one byte into two
     const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(low + (slot >> 1))));
     const __m256i twice = _mm256_or_si256(words, _mm256_slli_epi16(words, 4));
@@ -126,12 +130,11 @@ inline void stored64(const Weight& w, int64_t slot, int count, const G& grid, fl
       }
   } else {
     constexpr int kSize = Values::kWidth / 8, kEach = 64 / kSize;
-    const uint8_t* stored = (const uint8_t*)w.stored;
 #pragma GCC unroll 4
     for (int i = 0; i < kSize; ++i)
       if (kEach * i < likely || kEach * i < count) {
         const int64_t at = (slot + kEach * i) * kSize;
-        const __m512i part = bytes_at<kStored ? 64 : 0>(stored + at, w.stored_bytes - at);
+        const __m512i part = bytes_at<kStored ? 64 : 0>(w.stored, at, w.stored_bytes);
         if constexpr (kSize == 4) {
           store(out + 16 * i, as_float(part));
         } else {
@@ -150,23 +153,26 @@ struct Blocks {
   using G = decltype(Values::grid(Weight(), 0, 0));
   static constexpr bool kScaled = false;
   const uint8_t* mask;
-  int64_t slot;
+  int64_t slot, mask_ahead, stored_ahead;
 
   Blocks() = default;
-  Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot)
-      : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {}
+  Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot, int64_t ahead)
+      : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr),
+        slot(slot),
+        mask_ahead(ahead >> 3),
+        stored_ahead(Pattern::entries(w, ahead)) {}
 
   // kOther: the code where there is no entry; bit 4, for a look-up in a table with zeros, or one that means zero
   template <bool kStrided, int kOther = 16>
-  Held next(const Weight& w, const G&, const G&, int64_t ahead) {
+  Held next(const Weight& w, const G&, const G&) {
     Held held;
     held.mask = ~0ull;
     if constexpr (Pattern::kSparse) {
       held.mask = peek<uint64_t>(mask);
-      __builtin_prefetch(mask + (ahead >> 3));
+      __builtin_prefetch(mask + mask_ahead);
       mask += 8;
     }
-    Values::ahead(w, slot + (Pattern::kSparse ? ahead * w.density >> 8 : ahead));
+    Values::ahead(w, slot, stored_ahead);
     if constexpr (kStrided && Pattern::kBlockStored == 64 && Values::kWidth == 4) {  // four codes a dword: one shuffle
       const uint8_t* fours = (const uint8_t*)w.stored + (slot >> 1);
       held.part[0] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)fours));
@@ -180,7 +186,7 @@ struct Blocks {
 #pragma GCC unroll 4
       for (int i = 0; i < kSize; ++i) {
         const __m512i bytes = bytes_at<Pattern::kBlockStored * kSize / (64 / kEach)>(
-            (const uint8_t*)w.stored + at * kSize, w.stored_bytes - at * kSize);
+            w.stored, at * kSize, w.stored_bytes);
         if constexpr (!Pattern::kSparse) {
           held.part[i] = bytes;
           at += kEach;

@@ -59,21 +59,24 @@ struct Blocks {
   static constexpr int kStride = kNibbles ? 8 : kScaled ? 4 : Values::kBrain ? 2 : 1;
 
   const uint8_t* mask;
-  int64_t slot;
+  int64_t slot, mask_ahead, stored_ahead;
 
   Blocks() = default;
-  Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot)
-      : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr), slot(slot) {
+  Blocks(const Weight& w, int64_t row, int64_t k, int64_t slot, int64_t ahead)
+      : mask(Pattern::kSparse ? bitmap(w, row, k) : nullptr),
+        slot(slot),
+        mask_ahead(ahead >> 3),
+        stored_ahead(Pattern::entries(w, ahead)) {
     if constexpr (kUnpacks) unpack(w, slot, 64, unpacked.codes[0]);
   }
 
   template <bool kStrided>
-  Held next(const Weight& w, const G& grid, const G& second, int64_t ahead) {
+  Held next(const Weight& w, const G& grid, const G& second) {
     Held held;
     held.slot = slot;
-    Values::ahead(w, slot + (Pattern::kSparse ? ahead * w.density >> 8 : ahead));
+    Values::ahead(w, slot, stored_ahead);
     if constexpr (Pattern::kSparse) {
-      __builtin_prefetch(mask + (ahead >> 3));
+      __builtin_prefetch(mask + mask_ahead);
       place(w, grid, second, peek<uint64_t>(mask), held.part);
       mask += 8;
     } else {

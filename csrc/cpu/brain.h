@@ -62,9 +62,9 @@ CTP_BRAIN int64_t brain_row(const Weight& w, int64_t row, int64_t k0, int64_t k1
   for (int64_t k = k0; k < k1;) {
     const Run run = run_at<Values>(w, k, k1);
     const Brain<Pattern, Values> brain(w, row, run);
-    Blocks<Pattern, Values> blocks(w, row, k, slot);
+    Blocks<Pattern, Values> blocks(w, row, k, slot, ahead);
     for (; k + 64 <= run.end; k += 64, out += 64) {
-      const Held held = blocks.template next<false>(w, brain.grids[0], brain.grids[1], ahead);
+      const Held held = blocks.template next<false>(w, brain.grids[0], brain.grids[1]);
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) _mm512_storeu_si512(out + 32 * i, brain.lanes(w, held, i));
     }
@@ -96,7 +96,7 @@ CTP_BRAIN void brain_dots(const Weight& w, const Span& span, int64_t n, int64_t 
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       rows[r] = least(n + part + r, w.n - 1);
-      blocks[r] = Blocks<Pattern, Values>(w, rows[r], k, slots[part + r]);
+      blocks[r] = Blocks<Pattern, Values>(w, rows[r], k, slots[part + r], ahead);
     }
     while (k + 64 <= k1) {
       const Run run = run_at<Values>(w, k, k1);
@@ -107,7 +107,7 @@ CTP_BRAIN void brain_dots(const Weight& w, const Span& span, int64_t n, int64_t 
         Held held[kR];
 #pragma GCC unroll 4
         for (int r = 0; r < kR; ++r)
-          held[r] = blocks[r].template next<false>(w, brain[r].grids[0], brain[r].grids[1], ahead);
+          held[r] = blocks[r].template next<false>(w, brain[r].grids[0], brain[r].grids[1]);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           __m512bh values[kR];

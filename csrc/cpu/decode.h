@@ -48,7 +48,7 @@ constexpr int64_t kSpare = 64 + 4 * W;  // the entries of a run, those before th
 template <class Pattern, class Values>
 int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* out) {
   using B = Blocks<Pattern, Values>;
-  B blocks(w, row, k0, slot);
+  B blocks(w, row, k0, slot, ahead);
   for (int64_t k = k0; k < k1;) {
     const Run run = run_at<Values>(w, k, k1);
     const int64_t end = run.end;
@@ -56,14 +56,14 @@ int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slo
     if (end - k >= 64) {
       const auto second = run.second == run.group ? grid : Values::grid(w, row, run.second);
       for (; k < end; k += 64, out += 64) {
-        const Held held = blocks.template next<false>(w, grid, second, ahead);
+        const Held held = blocks.template next<false>(w, grid, second);
 #pragma GCC unroll 8
         for (int i = 0; i < 64 / W; ++i) store(out + W * i, B::lanes(w, held, W * i < 32 ? grid : second, i));
       }
       continue;
     }
     slot = blocks.slot;
-    Values::ahead(w, slot + (Pattern::kSparse ? ahead * w.density >> 8 : ahead));
+    Values::ahead(w, slot, Pattern::entries(w, ahead));
     if constexpr (Pattern::kSparse) {
       alignas(64) float spare[kSpare];  // the entries, from a multiple of 8 on; then each goes to its place
       const int64_t past = slot + Pattern::stored(w, row, k, end), from = slot & ~7;
@@ -77,7 +77,7 @@ int64_t decode(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slo
     }
     out += end - k;
     k = end;
-    blocks = B(w, row, k, slot);
+    blocks = B(w, row, k, slot, ahead);
   }
   return blocks.slot;
 }

@@ -111,11 +111,11 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t* slots, con
   vf acc[kR];
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r) {
-    blocks[r] = B(w, least(n + r, w.n - 1), 0, slots[r]);
+    blocks[r] = B(w, least(n + r, w.n - 1), 0, slots[r], 4 * w.k);
     acc[r] = zero();
   }
   const int shift = __builtin_ctzll((uint64_t)x.segment);
-  const bool several = x.block() > x.segment;  // segments in a block
+  const bool several = kBlocks == 1 && x.block() > x.segment;  // segments in a block
   const vi lanes = (iota() * (4 * kFields)) >> shift;
   const int8_t* digits = x.digits;
   for (int64_t u = 0; u < x.units; ++u) {
@@ -128,7 +128,7 @@ void digit_dots(const Weight& w, const Digits& x, int64_t n, int64_t* slots, con
     for (int b = 0; b < kBlocks; ++b, digits += 16 * W * kFields) {
       Planes<Pattern, Values::kWidth> planes[kR];
 #pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r) planes[r] = blocks[r].next(w, 4 * w.k);
+      for (int r = 0; r < kR; ++r) planes[r] = blocks[r].next(w);
 #pragma GCC unroll 4
       for (int field = 0; field < kFields; ++field) {
         vi codes[kR];

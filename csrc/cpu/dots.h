@@ -69,7 +69,7 @@ inline void dot_block(const Weight& w, const Span& span, int64_t n, int64_t m0, 
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r) {
     rows[r] = least(n + r, w.n - 1);
-    blocks[r] = B(w, rows[r], k, slots[r]);
+    blocks[r] = B(w, rows[r], k, slots[r], ahead);
     if (B::kScaled && w.symmetric) steps[r] = typename B::Steps(Values::grid(w, rows[r], 0));
   }
   clear();
@@ -85,7 +85,7 @@ inline void dot_block(const Weight& w, const Span& span, int64_t n, int64_t m0, 
     for (; k < run.end; k += 64) {
       Held held[kR];
 #pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r) held[r] = blocks[r].template next<true>(w, grids[r], grids[r], ahead);
+      for (int r = 0; r < kR; ++r) held[r] = blocks[r].template next<true>(w, grids[r], grids[r]);
 #pragma GCC unroll 8
       for (int i = 0; i < 64 / W; ++i) {
         vf values[kR];

@@ -48,13 +48,13 @@ using Start = int64_t (*)(const Weight&, int64_t row, int64_t k);
 template <class Pattern, int kBits>
 int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint8_t* out) {
   int64_t group = (uint32_t)k0 / (uint32_t)w.group;
-  Blocks<Pattern, Coded<kBits>> blocks(w, row, k0, slot);
+  Blocks<Pattern, Coded<kBits>> blocks(w, row, k0, slot, ahead);
   for (int64_t k = k0; k < k1; ++group) {
     const int64_t end = least((group + 1) * w.group, k1);
     const int pruned = w.symmetric ? 1 << (kBits - 1) : w.zeros[row * w.groups + group];
     const auto grid = Coded<kBits>::grid(w, row, group);
     for (; k + 64 <= end; k += 64, out += 64)
-      blocks.codes(w, blocks.template next<false>(w, grid, grid, ahead), pruned, out);
+      blocks.codes(w, blocks.template next<false>(w, grid, grid), pruned, out);
     if (k == end) continue;
     slot = blocks.slot;
     for (; k < end; k += 8, out += 8) {
@@ -70,7 +70,7 @@ int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64
       memcpy(out, &codes, 8);
     }
     k = end;
-    blocks = Blocks<Pattern, Coded<kBits>>(w, row, k, slot);
+    blocks = Blocks<Pattern, Coded<kBits>>(w, row, k, slot, ahead);
   }
   return blocks.slot;
 }

@@ -43,24 +43,25 @@ struct Planes {
   }
 };
 
-// The blocks of a row from `slot` on. ahead: how many inputs further on to prefetch from.
+// The blocks of a row from `slot` on; see blocks.h.
 template <class Pattern, int kBits>
 struct FieldBlocks {
   using F = Fields<Pattern, kBits>;
   using B = Blocks<Pattern, Coded<kBits>>;
   B blocks;
   FieldBlocks() = default;
-  FieldBlocks(const Weight& w, int64_t row, int64_t k, int64_t slot) : blocks(w, row, k, slot) {}
-  Planes<Pattern, kBits> next(const Weight& w, int64_t ahead) {
+  FieldBlocks(const Weight& w, int64_t row, int64_t k, int64_t slot, int64_t ahead)
+      : blocks(w, row, k, slot, ahead) {}
+  Planes<Pattern, kBits> next(const Weight& w) {
     Planes<Pattern, kBits> planes;
     if constexpr (Pattern::kSparse) {
       const typename B::G grid{};
-      planes.low = (vi)blocks.template next<false, 1 << (kBits - 1)>(w, grid, grid, ahead).part[0];
+      planes.low = (vi)blocks.template next<false, 1 << (kBits - 1)>(w, grid, grid).part[0];
     } else {
       const int64_t slot = blocks.slot;
       planes.low = load_bytes((const uint8_t*)w.stored + (slot * F::kWidth >> 3));
       if constexpr (kBits == 3) planes.high = nibbles((const uint8_t*)w.stored_hi + (slot >> 3));
-      Coded<kBits>::ahead(w, slot + ahead);
+      Coded<kBits>::ahead(w, slot, blocks.stored_ahead);
       blocks.slot += F::kBlock;
     }
     return planes;
@@ -77,13 +78,15 @@ void field_dots(const Weight& w, const Quantized& x, int64_t m0, int64_t inputs,
 #pragma GCC unroll 16
   for (int j = 0; j < kR * kM; ++j) acc[j] = zero();
   const int shift = __builtin_ctzll((uint64_t)x.segment);
-  const bool several = F::kBlock > x.segment;  // segments in a block
+  const bool several = kBlocks == 1 && F::kBlock > x.segment;  // segments in a block
+  const int8_t* const fields = x.fields + m0 * x.ldq;
+  const float* const grids = x.scales + m0 * x.padded;
   int32_t lane[W];
   for (int i = 0; i < W; ++i) lane[i] = (int32_t)(4 * F::kFields * i >> shift);
   const vi lanes = load_bytes(lane);
   FieldBlocks<Pattern, kBits> blocks[kR];
 #pragma GCC unroll 4
-  for (int r = 0; r < kR; ++r) blocks[r] = FieldBlocks<Pattern, kBits>(w, rows[r], 0, slots[r]);
+  for (int r = 0; r < kR; ++r) blocks[r] = FieldBlocks<Pattern, kBits>(w, rows[r], 0, slots[r], ahead);
   for (int64_t k = 0; k < inputs; k += kBlocks * F::kBlock) {
     const int64_t s = k >> shift;
 #pragma GCC unroll 4
@@ -91,19 +94,19 @@ void field_dots(const Weight& w, const Quantized& x, int64_t m0, int64_t inputs,
       vi codes[kBlocks * F::kFields];
 #pragma GCC unroll 2
       for (int b = 0; b < kBlocks; ++b) {
-        const Planes<Pattern, kBits> planes = blocks[r].next(w, ahead);
+        const Planes<Pattern, kBits> planes = blocks[r].next(w);
 #pragma GCC unroll 4
         for (int j = 0; j < F::kFields; ++j) codes[b * F::kFields + j] = planes.codes(j);
       }
       const vf scale = several ? spread(scales + r * x.padded + s, lanes) : set1(scales[r * x.padded + s]);
 #pragma GCC unroll 8
       for (int m = 0; m < kM; ++m) {
-        const int8_t* q = x.fields + (m0 + m) * x.ldq + k;
+        const int8_t* q = fields + m * x.ldq + k;
         vi products = no_sums();
 #pragma GCC unroll 4
         for (int j = 0; j < kBlocks * F::kFields; ++j)
           products = dot4<kBits>(products, codes[j], load_bytes(q + 4 * W * j));
-        const float* sx = x.scales + (m0 + m) * x.padded + s;
+        const float* sx = grids + m * x.padded + s;
         acc[r * kM + m] = fma(mul(to_float(products), scale), several ? spread(sx, lanes) : set1(*sx), acc[r * kM + m]);
       }
     }

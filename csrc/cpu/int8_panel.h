@@ -53,7 +53,7 @@ void panel_codes(const Weight& w, int order, int64_t first, int64_t k0, int64_t 
       copy_bytes<kHigh>((const uint8_t*)w.stored_hi + (slot >> 3), eights, bits);
       for (int64_t b = 0; b < kHigh; b += 2 * W) store((float*)(high + i * kInt8Stride + 2 * b), (vf)nibbles(bits + b));
     }
-    for (int64_t k = 0; k < inputs; k += 64) Values::ahead(w, slot + ahead + k);
+    for (int64_t k = 0; k < inputs; k += 64) Values::ahead(w, slot + k, ahead);
     slots[i] += inputs;
   }
   for (int64_t b = 0; b * F::kFields < inputs; b += 16) {

@@ -68,8 +68,8 @@ int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t s
     append_dense(dense, k - k0, pitch, list);
   }
   // The row's next list comes after those of all other rows: nobody else sees that it will be wanted.
-  Values::ahead(w, slot);
-  if (W == 16) Values::ahead(w, slot + 64);
+  Values::ahead(w, slot, 0);
+  if (W == 16) Values::ahead(w, slot, 64);
   __builtin_prefetch(bitmap(w, row, k1 + 64));
   end_list(list);
   return slot;

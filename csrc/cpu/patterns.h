@@ -3,6 +3,7 @@
 //   start(weight, row, k)        the slot of the first stored entry at or after input k (a multiple of 8)
 //   stored(weight, row, k0, k1)  stored entries among inputs k0 .. k1 - 1
 //   kBlockStored                 stored entries among 64 inputs, or 0 where that depends
+//   entries(weight, inputs)      stored entries among so many inputs, on average
 #pragma once
 
 #include "values.h"
@@ -34,6 +35,7 @@ struct Dense {
   static constexpr bool kSparse = false;
   static constexpr int kBlockStored = 64;
   static int64_t start(const Weight& w, int64_t row, int64_t k) { return row * ((w.k + 7) & ~7) + k; }
+  static int64_t entries(const Weight&, int64_t inputs) { return inputs; }
 };
 
 struct Sparse24 {
@@ -41,6 +43,7 @@ struct Sparse24 {
   static constexpr int kBlockStored = 32;
   static int64_t start(const Weight& w, int64_t row, int64_t k) { return row * ((w.k / 2 + 7) & ~7) + k / 2; }
   static int64_t stored(const Weight&, int64_t, int64_t k0, int64_t k1) { return (k1 - k0) / 2; }
+  static int64_t entries(const Weight&, int64_t inputs) { return inputs / 2; }
 };
 
 struct Unstructured {
@@ -54,6 +57,7 @@ struct Unstructured {
   static int64_t stored(const Weight& w, int64_t row, int64_t k0, int64_t k1) {
     return popcount(bitmap(w, row, k0), (k1 - k0 + 7) >> 3);
   }
+  static int64_t entries(const Weight& w, int64_t inputs) { return inputs * w.density >> 8; }
 };
 
 constexpr int64_t kRowsAhead = 8;  // rows of W, where a panel goes down its rows
