@@ -67,10 +67,14 @@ int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t s
     for (int64_t i = round_up(end - k, W); i < kSkipDepth; i += W) store(dense + i, zero());
     append_dense(dense, k - k0, pitch, list);
   }
-  // The row's next list comes after those of all other rows: nobody else sees that it will be wanted.
-  Values::ahead(w, slot, 0);
-  if (W == 16) Values::ahead(w, slot, 64);
-  __builtin_prefetch(bitmap(w, row, k1 + 64));
+  // The row's next list comes after those of all other rows, and so does another row's first: nobody else sees that
+  // they will be wanted.
+  const auto want = [&](int64_t row, int64_t k, int64_t slot) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < Pattern::entries(w, k1 - k0); i += 64) Values::ahead(w, slot, i);
+    __builtin_prefetch(bitmap(w, row, k + 64));
+  };
+  want(row, k1, slot);
+  if (const int64_t later = row + kRowsAhead; k0 == 0 && later < w.n) want(later, 0, Pattern::start(w, later, 0));
   end_list(list);
   return slot;
 }

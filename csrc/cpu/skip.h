@@ -201,7 +201,9 @@ inline bool skips(const Job& job, bool brain) {
   const bool few = share < 0.35;
   if (share > 0.6 || (brain && !few)) return false;
   if (job.transposed) return job.m >= (brain ? 128 : few ? 32 : 80);
-  return job.m > kDotLimit || (!brain && job.m >= (few || w.pattern == CTP_SPARSE24 ? 12 : 16));
+  // Of a vector of rows of x, nearly all have to be there: an empty lane costs as much as a row.
+  const int64_t full = 7 * W / 8 * ((job.m + W - 1) / W);
+  return job.m > kDotLimit || (!brain && job.m >= 12 && (few || job.m >= full));
 }
 
 }  // namespace
