@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t kSkipWidth = 256;  // columns of a panel
-constexpr int64_t kSkipBlock = 384;  // rows of x that share a panel
+constexpr int64_t kSkipBlock = 512;  // rows of x that share a panel
 constexpr int64_t kSkipStride = kSkipWidth + W;
 constexpr int64_t kSkipWide = kListMost + W;
 constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
@@ -128,11 +128,12 @@ void list_columns(const Weight& w, const Decoder& decoder, int64_t n0, int64_t d
 template <class Decoder>
 void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* scratch) {
   const Weight& w = job.weight;
-  const int64_t block = round_up(least(part.row1 - part.row0, kSkipBlock), W), depth = job.depth();
+  const int64_t rows = part.row1 - part.row0, blocks = (rows + kSkipBlock - 1) / kSkipBlock, depth = job.depth();
+  const int64_t block = blocks ? round_up((rows + blocks - 1) / blocks, W) : W;
   const Skip memory(scratch, block);
-  for (int64_t m0 = part.row0; m0 < part.row1; m0 += kSkipBlock)
+  for (int64_t m0 = part.row0; m0 < part.row1; m0 += block)
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += kSkipWidth) {
-      const int64_t m = least(part.row1 - m0, kSkipBlock), width = least(part.column1 - c0, kSkipWidth);
+      const int64_t m = least(part.row1 - m0, block), width = least(part.column1 - c0, kSkipWidth);
       const Slices slices(job, m);
       const bool four = slices.height <= kSkipFours;
       // Few rows: lists are long, and used as soon as they are made. Otherwise, all lists of the panel are made first.
