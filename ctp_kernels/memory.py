@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class _Arena:
         return own.view(tensor.shape).copy_(tensor)
 
 
-def in_huge_pages(buffers: Iterable[dict[str, torch.Tensor]]) -> None:
+def in_huge_pages(buffers: Iterable[dict[str, Any]]) -> None:
     """Replace the CPU tensors in these dictionaries, one after the other, by copies in huge pages.
 
     Nothing is wrong, and nothing faster, where the system has none: it is not Linux, or says "never" in
@@ -49,5 +50,5 @@ def in_huge_pages(buffers: Iterable[dict[str, torch.Tensor]]) -> None:
     arena = _Arena()
     for named in buffers:
         for name, tensor in named.items():
-            if tensor.device.type == "cpu":
+            if tensor is not None and tensor.device.type == "cpu":
                 named[name] = arena.copy(tensor)

@@ -98,6 +98,69 @@ def test_the_kernel_is_called_directly_where_nobody_listens_and_only_there(monke
             call()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", SOME)
+def test_a_bound_layer_sees_every_change_of_its_weight_and_settings(name):
+    layer, other = layer_for(name), layer_for(name, bias=False)
+    x = torch.randn(3, 172)
+
+    def fresh():  # the operator, which keeps nothing
+        packed = layer.packed
+        return torch.ops.ctp.matmul(x, packed.tensors, layer.bias, layer.format.name, 24, layer.backend, layer.compute)
+
+    def check():
+        assert torch.equal(layer(x), fresh()) and torch.equal(layer(x[None])[0], fresh())
+
+    check()
+    assert torch.equal(layer(x.t().contiguous().t()), fresh())  # strided x
+    # another weight in the same memory, then the same tensors on other memory
+    for buffer in ("values", "codes", "scales"):
+        if buffer in layer.format.buffer_names:
+            getattr(layer, buffer).copy_(getattr(layer, buffer).flip(0))
+    check()
+    for tensor in layer.buffers():
+        tensor.data = tensor.clone()
+    check()
+    layer.bias = None
+    check()
+    layer.load_state_dict(other.state_dict())
+    check()
+    layer.backend = "reference"
+    check()
+    layer.backend = "cpu"
+    if layer.format.quantized:
+        layer.compute = "int8"
+        check()
+        layer.compute = "exact"
+    x = x.bfloat16()
+    check()
+    layer.to(torch.bfloat16)
+    check()
+
+
+@torch.no_grad()
+def test_a_bound_layer_is_copied_and_saved_without_what_it_is_bound_to():
+    layer, x = layer_for("int4"), torch.randn(3, 172)
+    expected = layer(x)
+    copied = copy.deepcopy(layer)
+    layer.codes.zero_()
+    assert torch.equal(copied(x), expected) and not torch.equal(layer(x), expected)
+    saved = io.BytesIO()
+    torch.save(copied, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved, weights_only=False)(x), expected)
+
+
+def test_a_weight_on_another_device_is_refused():
+    layer = layer_for("int4")
+    x = torch.randn(3, 172)
+    with torch.no_grad():
+        layer(x)
+        layer.scales = layer.scales.to("meta")
+        with pytest.raises(CTPError, match="activations are on cpu, but 'scales' of the int4 weight is on meta"):
+            layer(x)
+
+
 def test_backward_keeps_only_the_packed_buffers():
     layer = layer_for("int4")
     kept = []

@@ -1,8 +1,8 @@
 // Sixty-four inputs of a row at a time, in registers. Each of the two headers defines:
 //
 //   Blocks<Pattern, Values> blocks(weight, row, k, slot, ahead)
-//                                                          slot: of the first stored entry at or after input k; `ahead`:
-//                                                          how many inputs further on to prefetch from
+//                                                          slot: of the first stored entry at or after input k;
+//                                                          `ahead`: how many inputs further on to prefetch from
 //   held = blocks.next<kStrided>(weight, grid, second)     the next 64 inputs, packed; `grid` and `second` are those of
 //                                                          their halves
 //   Blocks::lanes(weight, held, grid, i)                   values of inputs W i .. W i + W - 1 of them

@@ -52,9 +52,8 @@ inline __m512i plane_codes(const uint8_t* plane, int64_t slot, int64_t bytes) {
   const int64_t at = slot * kBits >> 3;
   const uint64_t* offsets = kOffsets + (kStored ? 0 : slot & (8 / kBits - 1));
   asm("" : "+r"(offsets));
-  const __m512i fields =
-      _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)*offsets),
-                                   eights<kBits>(bytes_at<kStored * kBits / 8>(plane, at, bytes)));
+  const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)*offsets),
+                                                      eights<kBits>(bytes_at<kStored * kBits / 8>(plane, at, bytes)));
   return _mm512_and_si512(fields, _mm512_set1_epi8((1 << kBits) - 1));
 }
 
@@ -185,8 +184,8 @@ struct Blocks {
       int64_t at = slot;
 #pragma GCC unroll 4
       for (int i = 0; i < kSize; ++i) {
-        const __m512i bytes = bytes_at<Pattern::kBlockStored * kSize / (64 / kEach)>(
-            w.stored, at * kSize, w.stored_bytes);
+        const __m512i bytes =
+            bytes_at<Pattern::kBlockStored * kSize / (64 / kEach)>(w.stored, at * kSize, w.stored_bytes);
         if constexpr (!Pattern::kSparse) {
           held.part[i] = bytes;
           at += kEach;

@@ -106,8 +106,7 @@ CTP_BRAIN void brain_dots(const Weight& w, const Span& span, int64_t n, int64_t 
       for (; k + 64 <= run.end; k += 64) {
         Held held[kR];
 #pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r)
-          held[r] = blocks[r].template next<false>(w, brain[r].grids[0], brain[r].grids[1]);
+        for (int r = 0; r < kR; ++r) held[r] = blocks[r].template next<false>(w, brain[r].grids[0], brain[r].grids[1]);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           __m512bh values[kR];

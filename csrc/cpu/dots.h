@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kDotChunk = 512;             // inputs: four decoded rows and the rows of x stay in L1
 constexpr int64_t kDotStride = kDotChunk + W;  // a group's last lanes may be stored past the chunk
 
-constexpr int kDotGroup = 16;         // rows of W that meet a chunk of x in turn
+constexpr int kDotGroup = 16;          // rows of W that meet a chunk of x in turn
 constexpr int64_t kDotInputs = 16384;  // of all rows of x in a chunk, which L2 holds
 
 // Inputs k0 .. k1 - 1 of the rows of x, ldx apart, and zeros as far as a vector reaches.

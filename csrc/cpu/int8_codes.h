@@ -53,8 +53,7 @@ int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64
     const int64_t end = least((group + 1) * w.group, k1);
     const int pruned = w.symmetric ? 1 << (kBits - 1) : w.zeros[row * w.groups + group];
     const auto grid = Coded<kBits>::grid(w, row, group);
-    for (; k + 64 <= end; k += 64, out += 64)
-      blocks.codes(w, blocks.template next<false>(w, grid, grid), pruned, out);
+    for (; k + 64 <= end; k += 64, out += 64) blocks.codes(w, blocks.template next<false>(w, grid, grid), pruned, out);
     if (k == end) continue;
     slot = blocks.slot;
     for (; k < end; k += 8, out += 8) {

@@ -50,8 +50,7 @@ struct FieldBlocks {
   using B = Blocks<Pattern, Coded<kBits>>;
   B blocks;
   FieldBlocks() = default;
-  FieldBlocks(const Weight& w, int64_t row, int64_t k, int64_t slot, int64_t ahead)
-      : blocks(w, row, k, slot, ahead) {}
+  FieldBlocks(const Weight& w, int64_t row, int64_t k, int64_t slot, int64_t ahead) : blocks(w, row, k, slot, ahead) {}
   Planes<Pattern, kBits> next(const Weight& w) {
     Planes<Pattern, kBits> planes;
     if constexpr (Pattern::kSparse) {

@@ -19,9 +19,9 @@ struct Identity {
   vf operator()(vf v) const { return v; }
 };
 
-// Asks for the bytes of the 64 entries of kBits bits from slot + further on, which may lie past the end. The processor's own
-// prefetch stops at every page and does not see past a loop that waits for arithmetic. Into L2: L1 waits for no more
-// than 24 lines at a time, which is half the speed of memory (Zen 4).
+// Asks for the bytes of the 64 entries of kBits bits from slot + further on, which may lie past the end. The
+// processor's own prefetch stops at every page and does not see past a loop that waits for arithmetic. Into L2: L1
+// waits for no more than 24 lines at a time, which is half the speed of memory (Zen 4).
 template <int kBits>
 CTP_ALWAYS_INLINE void prefetch(const void* stored, int64_t slot, int64_t further) {
   const char* p = (const char*)stored + (further * kBits >> 3) + (slot * kBits >> 3);
@@ -32,7 +32,9 @@ template <int kValues>
 struct Floating {
   static constexpr bool kGrouped = false, kBrain = kValues == CTP_BF16;
   static constexpr int kWidth = kValues == CTP_FP32 ? 32 : 16;
-  CTP_ALWAYS_INLINE static void ahead(const Weight& w, int64_t slot, int64_t further) { prefetch<kWidth>(w.stored, slot, further); }
+  CTP_ALWAYS_INLINE static void ahead(const Weight& w, int64_t slot, int64_t further) {
+    prefetch<kWidth>(w.stored, slot, further);
+  }
   static Identity grid(const Weight&, int64_t, int64_t) { return {}; }
   template <int S>
   static vf raw(const Weight& w, int64_t slot) {
