@@ -12,14 +12,15 @@ import ctypes
 import importlib.util
 import itertools
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ctp_kernels import PackedWeight, pack, parse_format
+from ctp_kernels import PackedLinear, PackedWeight, pack, parse_format
+from ctp_kernels.memory import in_huge_pages
 
 N = K = 4096
 ROWS = [1, 4, 16, 64, 512]
@@ -37,6 +38,7 @@ def case(format: str, zeros: float) -> tuple[list[PackedWeight], torch.Tensor]:
         PackedWeight(packed.format, packed.shape, torch.float32, {k: t.clone() for k, t in packed.buffers.items()})
         for _ in range(1 + CACHE // packed.nbytes)
     ]
+    in_huge_pages(copy.buffers for copy in copies)  # as patch_model does
     return copies, packed.unpack(torch.float32)
 
 
@@ -223,13 +225,12 @@ def test_cpu_peers(interleave, table, peer, rows):
     expected = x @ dense.T
     error = ((others[0](x) - expected).norm() / expected.norm()).item()
     assert error < tolerance, f"{peer} computes something else: relative error {error:.2e}"
-    name, matmul = copies[0].format.name, torch.ops.ctp.matmul
     weights = [dense, dense.clone()]
     times = interleave(
         {
             "dense": [lambda w=w: torch.nn.functional.linear(x, w) for w in weights],
             "peer": [lambda call=call: call(x) for call in others],
-            "packed": [lambda w=w: matmul(x, w.tensors, None, name, N, "auto", compute) for w in copies],
+            "packed": [partial(PackedLinear(w, compute=compute), x) for w in copies],
         }
     )
     medians = {who: t["median"] for who, t in times.items()}
