@@ -146,13 +146,13 @@ void dot_part(const Job& job, const Decoder& decoder, const Part& part, float* s
                       : W == 8 && codes && !dense                                   ? 4
                                                                                     : 8;
   const bool in_registers = pairs || (decoder.in_blocks(w) && job.m <= few);
-  // Inputs of a chunk: what L1 holds of the rows of x that meet rows of W there, and a whole number of blocks.
+  // Inputs of a chunk: what L2 holds of the rows of x that meet rows of W at once, and a whole number of blocks.
   const int64_t chunk = least(pairs          ? 2 * kDotInputs / least(job.m, 8) & ~63
                               : in_registers ? kDotInputs / least(job.m, 4) & ~63
                                              : least((kDotInputs / job.m & ~63) + 128, kDotChunk),
                               padded);
   const int64_t each = pairs ? 2 : 1;         // inputs that are one number of x
-  for (int64_t k = 0; k < w.k; k += chunk) {  // a chunk of x lies in one piece, so that L1 holds it
+  for (int64_t k = 0; k < w.k; k += chunk) {  // a chunk of x lies in one piece
     const int64_t length = least(chunk, padded - k) / each, there = least(chunk, w.k - k) / each;
     float* row = x + k * ms;
     memset(row, 0, sizeof(float) * (size_t)(ms * length));
