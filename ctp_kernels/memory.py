@@ -1,7 +1,7 @@
 """Memory for weights that are read from end to end at every call: in huge pages, where the system has them.
 
 A page of 2 MB spares the processor most of its look-ups of addresses. One row of x, 4096 x 4096, weights cold, on a
-virtual Zen 4 (Linux 6.18): 5 to 10 % faster than in pages of 4 KB, for every format.
+virtual Zen 4 (Linux 6.18): 2 to 10 % faster than in pages of 4 KB, by format.
 """
 
 from __future__ import annotations

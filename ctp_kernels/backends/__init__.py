@@ -10,6 +10,10 @@ and, where how it runs depends on the rows,
 
     describe(format, shape, dtype, rows, direction) -> how, for `explain`
 
+and, where a call's own time shows,
+
+    bind(tensors, format, n, k, compute) -> (x (..., K), bias) -> y (..., N)   `matmul` for one weight, for many calls
+
 `tensors` come in the order of `format.kernel_names`; `direction` is "forward" or "backward"; `compute` is
 one of COMPUTE, and "exact" for the backward.
 """
