@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from .backends import choose, load
+from .backends import choose, load, row_class
 from .format import Format, parse_format
 
 _LIB = torch.library.Library("ctp", "DEF")
@@ -30,7 +30,8 @@ _LIB.define("matmul_t(Tensor dy, Tensor[] packed, str format, int k, str backend
 def _kernel(
     format: Format, shape: tuple[int, int], x: torch.Tensor, direction: str, backend: str, compute: str = "exact"
 ) -> Callable[..., torch.Tensor]:
-    module = load(choose(format, shape, x.dtype, x.device.type, direction, backend, compute).backend)
+    rows = row_class(x.numel() // x.shape[-1]) if x.is_cuda and x.shape[-1] else None
+    module = load(choose(format, shape, x.dtype, x.device.type, direction, backend, compute, rows).backend)
     return module.matmul if direction == "forward" else module.matmul_t
 
 

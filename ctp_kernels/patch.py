@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .backends import choose, load
+from .backends import choose, load, row_class
 from .errors import CTPError
 from .format import FLOAT_DTYPES, Format, as_format, parse_format
 from .fuse import fuse as fuse_layers
@@ -219,11 +219,14 @@ def explain(
                 compute = layer.compute if direction == "forward" else "exact"
                 choice = choose(layer.format, shape, activations, where, direction, layer.backend, compute)
                 row[direction], row["why_" + direction] = choice.backend, choice.why
-                describe = getattr(load(choice.backend), "describe", None)
-                launch = (launch_rows, shape[1])
-                row["plan_" + direction] = (
-                    {m: describe(layer.format, launch, activations, m, direction) for m in rows} if describe else {}
-                )
+                row["plan_" + direction] = {}
+                for m in rows:
+                    asked = (layer.format, shape, activations, where, direction, layer.backend, compute, row_class(m))
+                    taken = choose(*asked).backend
+                    describe = getattr(load(taken), "describe", None)
+                    if describe is not None:
+                        how = describe(layer.format, (launch_rows, shape[1]), activations, m, direction)
+                        row["plan_" + direction][m] = f"{taken}: {how}"
             explained.append(row)
     if not explained:
         raise CTPError(f"{type(model).__name__} holds no packed layer: call patch_model first")

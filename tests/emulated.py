@@ -43,14 +43,14 @@ SHAPES = {
     "m3_ragged_n": ((41, 384), 3),
     "m8_full": ((64, 128), 8),
     "m9_second_eight": ((16, 128), 9),
+    "m16_uneven_warps": ((20, 1408), 16),
     "m17_wide": ((72, 256), 17),
     "m70_second_tile": ((80, 128), 70),
-    "k_ragged": ((20, 204), 5),
-    "k_below_a_tile": ((5, 12), 2),
-    "n1": ((1, 132), 4),
-    "shared_sum": ((24, 2048), 2),
-    "shared_sum_wide": ((70, 1100), 40),
-    "shared_sum_backward": ((1100, 40), 3),
+    "k_one_tile": ((5, 128), 2),
+    "n1": ((1, 256), 4),
+    "long_sum": ((24, 2048), 2),
+    "shared_sum": ((70, 1152), 40),
+    "shared_sum_backward": ((1100, 128), 3),
 }
 
 

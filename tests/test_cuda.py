@@ -193,7 +193,7 @@ def test_int4_on_ordinary_cores(library, case):
 
 
 def test_bad_arguments_are_a_status_not_a_crash(library):
-    packed, x, _ = problem("int4", (4, 64), 2, torch.float16)
+    packed, x, _ = problem("int4", (4, 128), 2, torch.float16)
     codes, scales = packed.tensors
     y = torch.empty(2, 64, dtype=torch.float16)
     good = dict(n=4, k=64, pattern=0, values=4, scale_dtype=1, symmetric=1, group=64, stored=codes.data_ptr())
@@ -308,7 +308,7 @@ def test_a_failed_launch_is_said_in_the_drivers_words():
 
     compiled = test_cuda_build.compiled_library()
     assert re.match(r"no usable GPU: .*(driver|device)", str(cuda.no_device(compiled)))
-    packed, x, bias = problem("int4", (4, 64), 2, torch.float16)
+    packed, x, bias = problem("int4", (4, 128), 2, torch.float16)
     with pytest.raises(CTPError, match=r"CUDA kernel for int4 failed: .*(driver|device)"):
         cuda.launch(compiled, x, packed.tensors, packed.format, 4, bias, 0)
     with pytest.raises(CTPError, match=r"dX of int4 failed: .*(driver|device)"):

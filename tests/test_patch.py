@@ -80,8 +80,8 @@ def test_explain_shows_the_plan_of_a_gpu_that_need_not_be_there():
     explained = explain(model, torch.bfloat16, device="cuda", rows=(1, 16, 4096))
     (q, *_), text = explained.rows, str(explained)
     assert (q["forward"], q["backward"]) == ("triton", "triton") and q["launch_rows"] == 128
-    assert q["plan_forward"][1].startswith("decode ") and q["plan_backward"][16].startswith("tile ")
-    assert "int4 (128, 64) forward, 4096 rows: dequantise, then the dense product (by the rule)" in text
+    assert q["plan_forward"][1].startswith("triton: decode ") and q["plan_backward"][16].startswith("triton: tile ")
+    assert "int4 (128, 64) forward, 4096 rows: triton: dequantise, then the dense product (by the rule)" in text
     assert explain(model, rows=(1,)).rows[0]["plan_forward"] == {}
 
 

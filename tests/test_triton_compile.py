@@ -34,7 +34,7 @@ def test_compiles_to_what_it_should(name):
         assert found[{90: "wgmma", 100: "tcgen05"}.get(gpu, "mma")] > 0
     format = static.parse_format(format_name)
     if format.pattern != "unstructured":  # whose entries are gathered
-        share = static.share_of_a_thread(format, static.plan_of(format, static.DTYPES[dtype], m, direction, gpu))
+        share = static.share_of_a_thread(format, static.plan_of(format, static.DTYPES[dtype], m, direction))
         assert found["weight_load_bits"] >= min(128, share)
         assert found["loads_128_bit"] > 0 or share < 128
     if VERSION == triton.__version__:

@@ -62,7 +62,7 @@ def test_a_table_of_another_release_is_measured_again(home):
 def test_candidates_keep_what_the_kernels_need(name):
     format = parse_format(name).with_dtype(BF16)
     for direction in ("forward", "backward"):
-        for m in (1, 4, 64, 512):
+        for m in (1, 4, 16, 64):
             rule = default_plan(format, BF16, m, SHAPE, direction, 132)
             found = list(warmup.candidates(rule, format, m, direction))
             assert found[0] == rule and len(set(found)) == len(found) > 5

@@ -32,11 +32,11 @@ SHAPE = (4096, 4096)
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
-def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int) -> Plan:
+def plan_of(format: Format, dtype: torch.dtype, m: int, direction: str) -> Plan:
     """m is a row class; direction "forward", "backward" or "dequantize"."""
     if direction == "dequantize":
         return dense_plan(format)
-    return plan_for(format, dtype, m, SHAPE, direction, capability=capability)
+    return plan_for(format, dtype, m, SHAPE, direction)
 
 
 def share_of_a_thread(format: Format, plan: Plan) -> int:
@@ -48,7 +48,7 @@ def share_of_a_thread(format: Format, plan: Plan) -> int:
 
 def compile_case(format: Format, dtype: torch.dtype, m: int, direction: str, capability: int, plan: Plan | None = None):
     """The kernel that `launch` starts for 16-byte aligned tensors."""
-    plan = plan or plan_of(format, dtype, m, direction, capability)
+    plan = plan or plan_of(format, dtype, m, direction)
     constants = constants_of(plan, format, dtype, SHAPE[1], direction, True)
     number = _POINTERS[dtype]
     stored = "*u8" if format.quantized else _POINTERS[format_dtype(format)]
@@ -147,7 +147,7 @@ def cases() -> list[tuple[str, str, int, str, int]]:
     for name in FORMATS:
         wide = name in FEW
         for gpu, forward, backward in (
-            (90, (1, 2, 16, 32, 64, 128) if wide else (1, 16, 64), (16, 32, 64) if wide else (16, 64)),
+            (90, (1, 2, 16, 32, 64) if wide else (1, 16, 64), (16, 32, 64) if wide else (16, 64)),
             (80, (1, 2, 16, 64) if wide else (1, 16), (16,)),
             (89, (64,) if wide or name in ("int8", "sparse24-bf16") else (), ()),
             (100, (1, 16, 64) if wide else (), (16,) if wide else ()),
@@ -156,7 +156,6 @@ def cases() -> list[tuple[str, str, int, str, int]]:
             found += [(name, "bf16", m, "backward", gpu) for m in backward]
         found.append((name, "bf16", 1024, "dequantize", 80))
     found.append(("sparse24-int2", "bf16", 2, "forward", 90))
-    found += [(name, "bf16", 128, "forward", 80) for name in ("int4-asym", "sparse24-int3")]
     found.append(("sparse24-int8", "bf16", 16, "forward", 80))
     for name in ("int4-asym", "unstructured-int3-asym", "fp16", "int3-g8"):
         found += [(name, "fp16", 16, direction, 90) for direction in ("forward", "backward")]
@@ -166,19 +165,11 @@ def cases() -> list[tuple[str, str, int, str, int]]:
 
 
 def every_case(dtype: str, gpu: int) -> list[tuple[str, str, int, str, int]]:
-    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations.
-
-    Without those that the rule leaves to the dense product.
-    """
+    """Every format, symmetric and not, at every row class that gets tiles of its own, for one kind of activations."""
     names = [name for name, format in TABLE.items() if format.quantized or format.values == dtype]
     names += [f"{name}-asym" for name in names if parse_format(name).quantized]
-    rows = {"forward": (1, 2, 16, 32, 64, 128), "backward": (16, 32, 64), "dequantize": (1024,)}
-    found = [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
-    return [
-        case
-        for case in found
-        if case[3] == "dequantize" or plan_of(parse_format(case[0]), DTYPES[dtype], *case[2:]).kind != "dense"
-    ]
+    rows = {"forward": (1, 2, 16, 32, 64), "backward": (16, 32, 64), "dequantize": (1024,)}
+    return [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
 
 
 def label(case: tuple[str, str, int, str, int]) -> str:

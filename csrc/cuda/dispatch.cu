@@ -10,6 +10,8 @@ namespace {
 
 using Run = int (*)(const Problem&);
 
+constexpr int64_t MOST_INPUTS = 1 << 20;
+
 // The kernels for this pattern, kind of value and type of activations, or NULL.
 Run find(const ctp_weight& w, int32_t dtype) {
   const bool same_type = w.values == dtype;
@@ -46,14 +48,13 @@ bool group_fits(const ctp_weight& w, bool transposed) {
 
 bool well_formed(const ctp_weight& w) {
   const bool codes = w.values >= CTP_INT8;
-  // Bytes that a kernel reads at once at least.
-  const int octet = w.pattern == CTP_UNSTRUCTURED || !codes ? 16 : w.values == CTP_INT8 ? 8 : 4;
-  if (w.n < 1 || w.k < 1 || w.n > INT32_MAX - 1024 || w.k > INT32_MAX - 1024 || !aligned(w.stored, octet)) return false;
+  // Whole tiles, and groups few enough for group_of.
+  if (w.n < 1 || w.k < 1 || w.n > INT32_MAX - 1024 || w.k > MOST_INPUTS || w.k % TILE_K != 0) return false;
+  if (!aligned(w.stored, 16) || !aligned(w.stored_hi, 16) || !aligned(w.mask, 16)) return false;
   if (w.stored == nullptr && w.pattern != CTP_UNSTRUCTURED) return false;  // an all-zero weight stores nothing
   if ((w.values == CTP_INT3) != (w.stored_hi != nullptr) || (w.pattern == CTP_DENSE) != (w.mask == nullptr))
     return false;
   if ((w.pattern == CTP_UNSTRUCTURED) != (w.row_offsets != nullptr && w.tile_offsets != nullptr)) return false;
-  if (w.pattern == CTP_SPARSE24 && w.k % 4 != 0) return false;
   if (!codes) return true;
   return w.scales != nullptr && (w.zeros == nullptr) == (w.symmetric != 0) && w.group >= 1 &&
          (w.scale_dtype == CTP_FP16 || w.scale_dtype == CTP_FP32);
@@ -68,7 +69,7 @@ int check_and_run(const Problem& p) {
   if (w.values < CTP_INT8) w.group = w.k;
   if (!group_fits(w, p.transposed)) return CTP_BAD_ARGUMENT;
   if (p.m == 0) return CTP_OK;
-  if (p.x == nullptr || p.y == nullptr || !aligned(p.x, 2)) return CTP_BAD_ARGUMENT;
+  if (p.x == nullptr || p.y == nullptr || !aligned(p.x, 16) || (p.m > 1 && p.ldx % 8 != 0)) return CTP_BAD_ARGUMENT;
   Problem checked = p;
   checked.w = &w;
   return run(checked);

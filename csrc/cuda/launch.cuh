@@ -1,8 +1,11 @@
 // From the C interface to a grid: the kernel's view of a weight, which instance runs, how many blocks share a sum.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "../ctp.h"
-#include "matmul.cuh"
+#include "few.cuh"
 #include "matmul_t.cuh"
 
 namespace ctp {
@@ -35,49 +38,67 @@ int run_unstructured(const Problem&);
 
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// OCTETS and MASK_OCTETS: how many a lane loads at once; the loads are vectors where every row starts on a multiple.
-template <class Part>
-Weight device_weight(const ctp_weight& w) {
-  using V = typename Part::Values;
+// `unit`: how many inputs a kernel takes between two looks for a scale.
+inline Weight device_weight(const ctp_weight& w, int unit) {
   Weight out = {};
   out.low = w.stored, out.high = static_cast<const uint8_t*>(w.stored_hi), out.mask = w.mask, out.zeros = w.zeros;
   out.row_offsets = w.row_offsets, out.tile_offsets = w.tile_offsets, out.scales = w.scales;
   out.n = int(w.n), out.k = int(w.k);
-  out.row_octets = int(((w.pattern == CTP_SPARSE24 ? w.k / 2 : w.k) + 7) / 8), out.mask_octets = int((w.k + 7) / 8);
-  out.group = int(w.group < w.k ? w.group : w.k), out.groups = int((w.k + out.group - 1) / out.group);
+  out.row_octets = int((w.pattern == CTP_SPARSE24 ? w.k / 2 : w.k) / 8), out.mask_octets = int(w.k / 8);
+  const int64_t group = w.group < w.k ? w.group : w.k;
+  out.groups = int((w.k + group - 1) / group);
+  out.group_magic = group == unit ? 0 : uint32_t((int64_t(1) << 32) / (group / unit) + 1);
   out.half_scales = w.scale_dtype == CTP_FP16;
-  const auto vector = [](const void* plane, int row_octets, int octets, int bytes) {
-    const int load = octets * bytes < 16 ? octets * bytes : 16;
-    return load > 0 && aligned(plane, load) && int64_t(row_octets) * bytes % load == 0;
-  };
-  out.vector_low = vector(out.low, out.row_octets, Part::OCTETS, V::LOW_BYTES);
-  out.vector_high = vector(out.high, out.row_octets, Part::OCTETS, V::HIGH_BYTES);
-  out.vector_mask = vector(out.mask, out.mask_octets, Part::MASK_OCTETS, 1);
   return out;
 }
 
-// How many blocks share the sum of one output tile: enough to give every multiprocessor four blocks, none with fewer
-// than four steps, and what the workspace holds. Four and four are guesses: nothing was measured.
+#ifdef CTP_TUNE
+
+inline int tuned(const char* name, int otherwise) {
+  const char* found = getenv(name);
+  return found ? atoi(found) : otherwise;
+}
+#else
+inline int tuned(const char*, int otherwise) { return otherwise; }
+#endif
+
+// Of the current device; 0 where it does not say.
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 0;
+  return value;
+}
+
+// How many blocks share the sum of one output tile, each for its part of the steps. Time goes in waves, of as many blocks
+// as run at once, and every block more costs its sum a trip through memory, about as long as a step (measured, H200).
 inline int blocks_per_sum(const Problem& p, int64_t output_tiles, int steps, int64_t slice_bytes) {
-  constexpr int BLOCKS = 4, STEPS = 4;
-  int device = 0, processors = 0;
+  constexpr int BLOCKS = 2, MOST = 32;  // BLOCKS a multiprocessor: see __launch_bounds__
   if (p.counters == nullptr || p.partial == nullptr || output_tiles > MAX_SHARED_TILES) return 1;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 1;
-  int64_t blocks = int64_t(BLOCKS) * processors / output_tiles;
-  if (blocks > steps / STEPS) blocks = steps / STEPS;
-  if (blocks > p.partial_bytes / (output_tiles * slice_bytes)) blocks = p.partial_bytes / (output_tiles * slice_bytes);
-  return blocks < 1 ? 1 : int(blocks);
+  const int64_t at_once = std::max(1, BLOCKS * attribute(cudaDevAttrMultiProcessorCount));
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int blocks = 1; blocks <= std::min(steps, MOST); ++blocks) {
+    if (blocks > 1 && blocks * output_tiles * slice_bytes > p.partial_bytes) break;
+    const int64_t waves = (blocks * output_tiles + at_once - 1) / at_once, each = (steps + blocks - 1) / blocks;
+    const int64_t cost = waves * each + (blocks > 1 ? blocks : 0);
+    if (cost < least) least = cost, best = blocks;
+  }
+  return best;
 }
 
 template <typename Call>
-int start(void (*kernel)(Call), const Call& call, dim3 grid, int shared_bytes, cudaStream_t stream) {
+int start(void (*kernel)(Call), const Call& call, dim3 grid, int threads, int shared_bytes, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-  config.blockDim = dim3(THREADS);
+  config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
+  // The kernel's launch need not wait for the end of the one before: the kernel itself does (ptx::wait_for_previous).
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && !tuned("CTP_NOPDL", 0) ? 1 : 0;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -104,18 +125,32 @@ int launch_matmul(const Problem& p) {
   using Shape = MatmulShape<Tile, NT, PANELS>;
   static_assert(Shape::SHARED_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
   return in_chunks<Shape::ROWS>(p, [&](const void* x, int m, void* y) {
-    constexpr int PIECE = Tile::SPARSE_MMA ? 8 : 16;
-    const int steps = int((p.w->k + TILE_K - 1) / TILE_K);
+    const int steps = int(p.w->k / TILE_K);
     const dim3 tiles(unsigned((p.w->n + Shape::OUTPUTS - 1) / Shape::OUTPUTS),
                      unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
     const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4);
     MatmulCall call = {};
-    call.w = device_weight<Tile>(*p.w);
-    call.x = {x, p.ldx, m, int(p.w->k), aligned(x, PIECE) && (m == 1 || p.ldx * 2 % PIECE == 0)};
+    call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
+    call.x = {x, p.ldx, m, int(p.w->k)};
     call.bias = p.bias, call.y = y, call.shared = {p.counters, p.partial};
     call.tiles_per_block = (steps + blocks - 1) / blocks;
     const unsigned used = unsigned((steps + call.tiles_per_block - 1) / call.tiles_per_block);
-    return start(matmul<Tile, NT, PANELS>, call, dim3(tiles.x, tiles.y, used), Shape::SHARED_BYTES, p.stream);
+    return start(matmul<Tile, NT, PANELS>, call, dim3(tiles.x, tiles.y, used), THREADS, Shape::SHARED_BYTES, p.stream);
+  });
+}
+
+template <class Tile, int NT>
+int launch_few(const Problem& p) {
+  using Shape = FewShape<Tile, NT>;
+  static_assert(Shape::MOST_WARPS * Shape::WARP_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
+  return in_chunks<Shape::ROWS>(p, [&](const void* x, int m, void* y) {
+    MatmulCall call = {};
+    call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
+    call.x = {x, p.ldx, m, int(p.w->k)};
+    call.bias = p.bias, call.y = y;
+    const dim3 grid(unsigned((p.w->n + 15) / 16), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
+    const int warps = Shape::warps(grid.x, attribute(cudaDevAttrMultiProcessorCount));
+    return start(matmul_few<Tile, NT>, call, grid, warps * ALL_LANES, warps * Shape::WARP_BYTES, p.stream);
   });
 }
 
@@ -125,15 +160,15 @@ int launch_matmul_t(const Problem& p) {
   static_assert(Shape::SHARED_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
   return in_chunks<Shape::ROWS>(p, [&](const void* dy, int m, void* dx) {
     const int steps = int((p.w->n + TILE_K - 1) / TILE_K);
-    const dim3 tiles(unsigned((p.w->k + TILE_K - 1) / TILE_K), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
+    const dim3 tiles(unsigned(p.w->k / TILE_K), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
     const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(TILE_K) * Shape::ROWS * 4);
     MatmulTCall call = {};
-    call.w = device_weight<Span>(*p.w);
-    call.dy = {dy, p.ldx, m, int(p.w->n), aligned(dy, 16) && (m == 1 || p.ldx * 2 % 16 == 0)};
+    call.w = device_weight(*p.w, 16);
+    call.dy = {dy, p.ldx, m, int(p.w->n)};
     call.dx = dx, call.shared = {p.counters, p.partial};
     call.tiles_per_block = (steps + blocks - 1) / blocks;
     const unsigned used = unsigned((steps + call.tiles_per_block - 1) / call.tiles_per_block);
-    return start(matmul_t<Span, NT>, call, dim3(tiles.x, tiles.y, used), Shape::SHARED_BYTES, p.stream);
+    return start(matmul_t<Span, NT>, call, dim3(tiles.x, tiles.y, used), THREADS, Shape::SHARED_BYTES, p.stream);
   });
 }
 
@@ -141,8 +176,9 @@ int launch_matmul_t(const Problem& p) {
 template <class Tile, class Span, int WIDE, int PANELS>
 int by_rows(const Problem& p) {
   if (p.transposed) return p.m <= 16 ? launch_matmul_t<Span, 2>(p) : launch_matmul_t<Span, 4>(p);
-  if (p.m <= 8) return launch_matmul<Tile, 1, 1>(p);
-  if (p.m <= 16) return launch_matmul<Tile, 2, 1>(p);
+  if (p.m <= 8) return launch_few<Tile, 1>(p);
+  if (p.m <= 16) return launch_few<Tile, 2>(p);
+  if (p.m <= 32) return launch_matmul<Tile, 4, 1>(p);
   return launch_matmul<Tile, WIDE, PANELS>(p);
 }
 
@@ -152,7 +188,8 @@ int dense_by_group(const Problem& p) {
   using Tile = DenseTile<V, 1>;
   using Span = DenseSpan<V>;
   if (p.transposed || p.w->group >= p.w->k || p.w->group % TILE_K == 0) return by_rows<Tile, Span, 8, 1>(p);
-  if (p.m <= 16) return launch_matmul<DenseTile<V, 4>, 2, 1>(p);
+  if (p.m <= 8) return launch_few<DenseTile<V, 4>, 1>(p);
+  if (p.m <= 16) return launch_few<DenseTile<V, 4>, 2>(p);
   return launch_matmul<DenseTile<V, 4>, 8, 1>(p);
 }
 

@@ -39,20 +39,18 @@ template <class Span>
 struct Part {
   using V = typename Span::Values;
   Span span;
-  int row;
-  float scale;
-  uint32_t zero;
-  __device__ __forceinline__ void load(const Weight& w, int n, int k0, int g) {
-    row = min(n, w.n - 1);
+  uint32_t scale, zero;
+  __device__ __forceinline__ void load(const Weight& w, int n, int k0, int g, int group) {
+    const Row row = row_at<V>(w, min(n, w.n - 1));
     span.load(w, row, k0, g);
     if constexpr (V::CODES) {
-      scale = scale_at(w, row, k0 + 16 * g);
-      zero = zero_at<V>(w, row, k0 + 16 * g);
+      scale = scale_bits(w, row, group);
+      zero = zero_at<V>(w, row, group);
     }
   }
   __device__ __forceinline__ void octet(const Weight& w, int i, int g, uint32_t (&out)[4]) const {
-    span.octet(w, row, i, g, V::zero(V::CODES ? zero : 0), out);
-    if constexpr (V::CODES) scale_octet<typename V::Type>(out, scale, w.half_scales);
+    span.octet(w, i, g, V::zero(V::CODES ? zero : 0), out);
+    if constexpr (V::CODES) scale_octet<typename V::Type>(out, scale_of(w.half_scales, scale), w.half_scales);
   }
 };
 
@@ -68,9 +66,12 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
   const int tiles = (w.n + TILE_K - 1) / TILE_K;
   const int begin = int(blockIdx.z) * call.tiles_per_block, end = min(begin + call.tiles_per_block, tiles);
 
+  const int group = group_of(w, k0 / 16 + g);
+  ptx::wait_for_previous();
   const auto stage_dy = [&](int tile) {
     if (tile < end)
-      stage<Shape::ROWS, 16>(call.dy, m0, tile * TILE_K, stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
+      stage<Shape::ROWS, 16, THREADS>(call.dy, m0, tile * TILE_K,
+                                      stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES, threadIdx.x);
     ptx::commit_copies();
   };
 #pragma unroll
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
     if constexpr (Span::EARLY) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (tile < end) parts[4 * half + j].load(w, tile * TILE_K + 32 * warp + 8 * t + 4 * half + j, k0, g);
+        if (tile < end) parts[4 * half + j].load(w, tile * TILE_K + 32 * warp + 8 * t + 4 * half + j, k0, g, group);
     }
   };
   load_half(begin, 0);
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
       Part<Span> late[Span::EARLY ? 1 : 4];
       if constexpr (!Span::EARLY) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) late[j].load(w, tile * TILE_K + 32 * warp + 8 * t + 4 * half + j, k0, g);
+        for (int j = 0; j < 4; ++j) late[j].load(w, tile * TILE_K + 32 * warp + 8 * t + 4 * half + j, k0, g, group);
       }
 #pragma unroll
       for (int octet = 0; octet < 2; ++octet) {
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
   const int k = k0 + int(threadIdx.x);
 #pragma unroll
   for (int m = 0; m < Shape::ROWS; ++m)
-    if (k < w.k && m0 + m < call.dy.rows)
+    if (m0 + m < call.dy.rows)
       store(static_cast<T*>(call.dx) + int64_t(m0 + m) * w.k + k, total[m / 4][m % 4]);
 }
 

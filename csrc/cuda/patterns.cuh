@@ -16,25 +16,62 @@ namespace ctp {
 constexpr int TILE_K = 128;  // the stride of ctp_weight.tile_offsets too
 constexpr int ALL_LANES = 32;
 
-// ctp_weight with what a kernel would otherwise compute again; plane loads are whole vectors where vector_* says so.
+// ctp_weight with what a kernel would otherwise compute again. K is a multiple of TILE_K, so that a tile is whole, and
+// every plane lies on 16 bytes: no load asks where it ends.
 struct Weight {
   const void* low;
   const uint8_t *high, *mask, *zeros;
   const int32_t *row_offsets, *tile_offsets;
   const void* scales;
-  int n, k, row_octets, mask_octets, groups, group;
-  bool half_scales, vector_low, vector_high, vector_mask;
+  int n, k, row_octets, mask_octets, groups;
+  uint32_t group_magic;  // 2^32 / (units of inputs a group), rounded up; 0 for one unit a group
+  bool half_scales;
 };
 
-__device__ __forceinline__ float scale_at(const Weight& w, int row, int k) {
-  const int64_t index = int64_t(row) * w.groups + min(k / w.group, w.groups - 1);
-  return w.half_scales ? __half2float(static_cast<const __half*>(w.scales)[index])
-                       : static_cast<const float*>(w.scales)[index];
+// The group of unit `unit` of a row: a division by what is known to the host only.
+__device__ __forceinline__ int group_of(const Weight& w, int unit) {
+  return w.group_magic == 0 ? unit : int(uint64_t(uint32_t(unit)) * w.group_magic >> 32);
+}
+// Where a row of W begins in each plane.
+struct Row {
+  const uint8_t *low, *high, *mask, *scales, *zeros;
+  const int32_t* offsets;  // unstructured: how many entries before each tile, n rows apart
+  int first;               // and the number of its first entry, in the low bits
+};
+// `piece` times `bytes` further on: one instruction.
+__device__ __forceinline__ const uint8_t* further(const void* from, int piece, int bytes) {
+  return static_cast<const uint8_t*>(from) + uint64_t(uint32_t(piece)) * uint32_t(bytes);
 }
 template <class V>
-__device__ __forceinline__ uint32_t zero_at(const Weight& w, int row, int k) {
+__device__ __forceinline__ Row row_at(const Weight& w, int row) {
+  Row out = {};
+  if (w.row_offsets != nullptr) {
+    out.offsets = w.tile_offsets + row, out.first = 8 * w.row_offsets[row];
+  } else {
+    out.low = further(w.low, row, w.row_octets * V::LOW_BYTES);
+  }
+  if (V::HIGH_BYTES) out.high = further(w.high, row, w.row_octets * V::HIGH_BYTES);
+  if (w.mask != nullptr) out.mask = further(w.mask, row, w.mask_octets);
+  if (V::CODES) {
+    out.scales = further(w.scales, row, w.groups * (w.half_scales ? 2 : 4));
+    out.zeros = further(w.zeros, row, w.groups);
+    ptx::keep(out.scales), ptx::keep(out.zeros);
+  }
+  ptx::keep(out.low), ptx::keep(out.high), ptx::keep(out.mask);
+  return out;
+}
+// A scale as it is stored: turned into a number where it is used, since that waits for the memory.
+__device__ __forceinline__ uint32_t scale_bits(const Weight& w, const Row& row, int group) {
+  const uint8_t* at = further(row.scales, group, w.half_scales ? 2 : 4);
+  return w.half_scales ? *reinterpret_cast<const uint16_t*>(at) : *reinterpret_cast<const uint32_t*>(at);
+}
+__device__ __forceinline__ float scale_of(bool half_scales, uint32_t bits) {
+  return half_scales ? __half2float(__ushort_as_half(uint16_t(bits))) : __uint_as_float(bits);
+}
+template <class V>
+__device__ __forceinline__ uint32_t zero_at(const Weight& w, const Row& row, int group) {
   if (!V::CODES || w.zeros == nullptr) return V::MIDDLE;
-  return w.zeros[int64_t(row) * w.groups + min(k / w.group, w.groups - 1)];
+  return *further(row.zeros, group, 1);
 }
 
 // Two stored numbers to two neighbouring inputs of which `bits` (two bits) say who is stored: the rest is zero.
@@ -60,17 +97,18 @@ __device__ __forceinline__ uint32_t places(uint32_t quads) {
 // Scales and zeros of rows g and g + 8: one group covers the tile, or each of its four parts of 32 inputs has its own.
 template <class V, int PARTS>
 struct GroupTile {
-  float scale[2][PARTS];
-  uint32_t zero[2][PARTS];
-  __device__ __forceinline__ void load(const Weight& w, const int (&rows)[2], int k0) {
+  uint32_t scale[2][PARTS], zero[2][PARTS];
+  __device__ __forceinline__ void load(const Weight& w, const Row (&rows)[2], int tile) {
     if constexpr (V::CODES) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int part = 0; part < PARTS; ++part) {
+        const int group = group_of(w, PARTS * tile + part);
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          scale[r][part] = scale_at(w, rows[r], k0 + 32 * part);
-          zero[r][part] = zero_at<V>(w, rows[r], k0 + 32 * part);
+        for (int r = 0; r < 2; ++r) {
+          scale[r][part] = scale_bits(w, rows[r], group);
+          zero[r][part] = zero_at<V>(w, rows[r], group);
         }
+      }
     }
   }
 };
@@ -81,19 +119,23 @@ template <class V, int PARTS_>
 struct DenseTile {
   using Values = V;
   static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, MASK_OCTETS = 0, SLOT_BYTES = 0;
-  static constexpr bool SPARSE_MMA = false, ROW_OFFSETS = false;
+  static constexpr bool SPARSE_MMA = false;
   uint32_t low[2][V::LOW_BYTES], high[2][1];
   GroupTile<V, PARTS> groups;
 
-  __device__ __forceinline__ void load(const Weight& w, const int (&rows)[2], int k0, int t) {
+  // To where lane t begins in its row.
+  static __device__ __forceinline__ void begin(Row& row, int t) {
+    row.low += t * OCTETS * V::LOW_BYTES, row.high += t * OCTETS * V::HIGH_BYTES;
+  }
+  __device__ __forceinline__ void load(const Weight& w, const Row (&rows)[2], int tile) {
+    constexpr int STEP = TILE_K / 8;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t row = int64_t(rows[r]) * w.row_octets;
+      const uint8_t* from = further(rows[r].low, tile, STEP * V::LOW_BYTES);
+      const uint8_t* from_high = V::HIGH_BYTES ? further(rows[r].high, tile, STEP * V::HIGH_BYTES) : nullptr;
       if constexpr (PARTS == 1) {
-        const int octet = k0 / 8 + 4 * t;
-        load_octets<4, V::LOW_BYTES>(w.low, row + octet, w.row_octets - octet, w.vector_low, low[r]);
-        if constexpr (V::HIGH_BYTES)
-          load_octets<4, V::HIGH_BYTES>(w.high, row + octet, w.row_octets - octet, w.vector_high, high[r]);
+        load_bytes<4 * V::LOW_BYTES>(from, low[r]);
+        if constexpr (V::HIGH_BYTES) load_bytes<4 * V::HIGH_BYTES>(from_high, high[r]);
       } else {
         constexpr int WORDS = words_for(V::LOW_BYTES);
 #pragma unroll
@@ -101,9 +143,8 @@ struct DenseTile {
         high[r][0] = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int octet = k0 / 8 + 4 * i + t;
           uint32_t piece[WORDS];
-          load_octets<1, V::LOW_BYTES>(w.low, row + octet, w.row_octets - octet, true, piece);
+          load_bytes<V::LOW_BYTES>(from + 4 * i * V::LOW_BYTES, piece);
           if constexpr (V::LOW_BYTES == 2) {
             low[r][i / 2] |= piece[0] << 16 * (i % 2);
           } else {
@@ -111,16 +152,15 @@ struct DenseTile {
             for (int j = 0; j < WORDS; ++j) low[r][WORDS * i + j] = piece[j];
           }
           if constexpr (V::HIGH_BYTES) {
-            load_octets<1, V::HIGH_BYTES>(w.high, row + octet, w.row_octets - octet, true, piece);
+            load_bytes<V::HIGH_BYTES>(from_high + 4 * i * V::HIGH_BYTES, piece);
             high[r][0] |= piece[0] << 8 * i;
           }
         }
       }
     }
-    groups.load(w, rows, k0);
+    groups.load(w, rows, tile);
   }
-  __device__ __forceinline__ void octet(const unsigned char*, const int64_t (&)[2], int i, int, int,
-                                        uint32_t (&out)[2][4]) const {
+  __device__ __forceinline__ void octet(const unsigned char*, int i, int, int, uint32_t (&out)[2][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       V::decode(low[r], high[r], i, V::zero(V::CODES ? groups.zero[r][PARTS == 1 ? 0 : i] : 0), out[r]);
@@ -133,22 +173,23 @@ template <class V>
 struct Sparse24Tile {
   using Values = V;
   static constexpr int PARTS = 1, OCTETS = 2, MASK_OCTETS = 16, SLOT_BYTES = 0;
-  static constexpr bool SPARSE_MMA = true, ROW_OFFSETS = false;
+  static constexpr bool SPARSE_MMA = true;
   uint32_t low[2][V::LOW_BYTES / 2], high[2][1], mask[2][4];
   GroupTile<V, 1> groups;
 
-  __device__ __forceinline__ void load(const Weight& w, const int (&rows)[2], int k0, int t) {
+  static __device__ __forceinline__ void begin(Row& row, int t) {
+    row.low += t * OCTETS * V::LOW_BYTES, row.high += t * OCTETS * V::HIGH_BYTES;
+  }
+  __device__ __forceinline__ void load(const Weight& w, const Row (&rows)[2], int tile) {
+    constexpr int STEP = TILE_K / 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t row = int64_t(rows[r]) * w.row_octets;
-      const int octet = k0 / 16 + 2 * t;
-      load_octets<2, V::LOW_BYTES>(w.low, row + octet, w.row_octets - octet, w.vector_low, low[r]);
+      load_bytes<2 * V::LOW_BYTES>(further(rows[r].low, tile, STEP * V::LOW_BYTES), low[r]);
       if constexpr (V::HIGH_BYTES)
-        load_octets<2, V::HIGH_BYTES>(w.high, row + octet, w.row_octets - octet, w.vector_high, high[r]);
-      load_octets<16, 1>(w.mask, int64_t(rows[r]) * w.mask_octets + k0 / 8, w.mask_octets - k0 / 8, w.vector_mask,
-                         mask[r]);
+        load_bytes<2 * V::HIGH_BYTES>(further(rows[r].high, tile, STEP * V::HIGH_BYTES), high[r]);
+      load_bytes<16>(further(rows[r].mask, tile, TILE_K / 8), mask[r]);
     }
-    groups.load(w, rows, k0);
+    groups.load(w, rows, tile);
   }
   // A of step i: quad 2i of row g, of row g + 8, quad 2i + 1 of row g, of row g + 8.
   __device__ __forceinline__ void fragment(int i, uint32_t (&a)[4]) const {
@@ -235,38 +276,36 @@ template <class V>
 struct UnstructuredTile {
   using Values = V;
   static constexpr int PARTS = 1, OCTETS = 0, MASK_OCTETS = 16;
-  static constexpr bool SPARSE_MMA = false, ROW_OFFSETS = true;
+  static constexpr bool SPARSE_MMA = false;
   static constexpr int PIECE = 128 / V::LOW_BYTES;  // entries in 16 bytes
   static constexpr int SLOT_BYTES = TILE_K / 8 * V::LOW_BYTES + 16;
   uint32_t mask[2][4];
-  int start[2];  // entries of the row before this tile
+  int lead[2];  // entries in the slot before the tile's first: a slot begins at a whole piece
   GroupTile<V, 1> groups;
 
-  __device__ __forceinline__ void load(const Weight& w, const int (&rows)[2], int k0, int) {
+  static __device__ __forceinline__ void begin(Row&, int) {}
+  __device__ __forceinline__ void load(const Weight& w, const Row (&rows)[2], int tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      start[r] = w.tile_offsets[int64_t(k0 / TILE_K) * w.n + rows[r]];
-      load_octets<16, 1>(w.mask, int64_t(rows[r]) * w.mask_octets + k0 / 8, w.mask_octets - k0 / 8, w.vector_mask,
-                         mask[r]);
+      lead[r] = (rows[r].first + rows[r].offsets[int64_t(tile) * w.n]) & (PIECE - 1);
+      load_bytes<16>(further(rows[r].mask, tile, TILE_K / 8), mask[r]);
     }
-    groups.load(w, rows, k0);
+    groups.load(w, rows, tile);
   }
-  // `slots`: of this warp's rows; `row_octets`: where rows g and g + 8 begin, in octets.
-  __device__ __forceinline__ void octet(const unsigned char* slots, const int64_t (&row_octets)[2], int i, int g, int t,
-                                        uint32_t (&out)[2][4]) const {
+  // `slots`: of this warp's rows.
+  __device__ __forceinline__ void octet(const unsigned char* slots, int i, int g, int t, uint32_t (&out)[2][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t own = own_word(mask[r], t);
       const int before = ones_before(mask[r], t) + ptx::ones(own & ((1u << 8 * i) - 1));
-      const int lead = int(8 * row_octets[r] + start[r]) & (PIECE - 1);  // the slot begins at a whole piece
-      load_sparse_octet<V>(SharedEntries{slots + (g + 8 * r) * SLOT_BYTES}, lead + before, own >> 8 * i & 0xFF,
+      load_sparse_octet<V>(SharedEntries{slots + (g + 8 * r) * SLOT_BYTES}, lead[r] + before, own >> 8 * i & 0xFF,
                            V::zero(V::CODES ? groups.zero[r][0] : 0), out[r]);
     }
   }
 };
 
-// Copies the entries of 16 rows, tile after tile; two lanes share a row. The offsets of the tile after next are on
-// their way while this one's are used.
+// Copies the entries of 16 rows, tile after tile, `every` tiles apart; two lanes share a row. The offsets of the next
+// tile are on their way while this one's are used.
 template <class Tile>
 struct EntryCopies {
   using V = typename Tile::Values;
@@ -274,7 +313,7 @@ struct EntryCopies {
   int64_t octet;
 
   __device__ __forceinline__ int offset(const Weight& w, int tile) const {
-    return tile * int64_t(TILE_K) < w.k ? w.tile_offsets[int64_t(tile) * w.n + row] : entries;
+    return tile < w.k / TILE_K ? w.tile_offsets[int64_t(tile) * w.n + row] : entries;
   }
   __device__ __forceinline__ void begin(const Weight& w, int first_row, int lane, int tile) {
     row = min(first_row + lane / 2, w.n - 1);
@@ -282,7 +321,7 @@ struct EntryCopies {
     entries = 8 * int(w.row_offsets[row + 1] - octet);
     start = offset(w, tile), stop = offset(w, tile + 1);
   }
-  __device__ __forceinline__ void copy(const Weight& w, int tile, int lane, unsigned char* slots) {
+  __device__ __forceinline__ void copy(const Weight& w, int tile, int every, int lane, unsigned char* slots) {
     const int64_t piece = (8 * octet + start) / Tile::PIECE;
     const int pieces = stop > start ? int((8 * octet + stop + Tile::PIECE - 1) / Tile::PIECE - piece) : 0;
     const int64_t end = octet * V::LOW_BYTES + int64_t(entries / 8) * V::LOW_BYTES;  // of the row, in bytes
@@ -291,7 +330,7 @@ struct EntryCopies {
       ptx::copy_async<16>(slots + lane / 2 * Tile::SLOT_BYTES + 16 * i, static_cast<const uint8_t*>(w.low) + from,
                           end - from < 16 ? int(end - from) : 16);
     }
-    start = stop, stop = offset(w, tile + 2);
+    start = every == 1 ? stop : offset(w, tile + every), stop = offset(w, tile + every + 1);
   }
 };
 
@@ -315,13 +354,12 @@ struct DenseSpan {
   static constexpr bool EARLY = true;  // loads of a whole step are sent off before its first use
   uint32_t low[words_for(2 * V::LOW_BYTES)], high[1];
 
-  __device__ __forceinline__ void load(const Weight& w, int row, int k0, int g) {
+  __device__ __forceinline__ void load(const Weight&, const Row& row, int k0, int g) {
     const int octet = k0 / 8 + 2 * g;
-    const int64_t from = int64_t(row) * w.row_octets + octet;
-    load_octets<2, V::LOW_BYTES>(w.low, from, w.row_octets - octet, w.vector_low, low);
-    if constexpr (V::HIGH_BYTES) load_octets<2, V::HIGH_BYTES>(w.high, from, w.row_octets - octet, w.vector_high, high);
+    load_bytes<2 * V::LOW_BYTES>(row.low + octet * V::LOW_BYTES, low);
+    if constexpr (V::HIGH_BYTES) load_bytes<2 * V::HIGH_BYTES>(row.high + octet * V::HIGH_BYTES, high);
   }
-  __device__ __forceinline__ void octet(const Weight&, int, int i, int, typename V::Zero zero,
+  __device__ __forceinline__ void octet(const Weight&, int i, int, typename V::Zero zero,
                                         uint32_t (&out)[4]) const {
     V::decode(low, high, i, zero, out);
   }
@@ -334,15 +372,13 @@ struct Sparse24Span {
   static constexpr bool EARLY = true;
   uint32_t low[words_for(V::LOW_BYTES)], high[1], mask[1];
 
-  __device__ __forceinline__ void load(const Weight& w, int row, int k0, int g) {
-    const int octet = k0 / 16 + g, mask_octet = k0 / 8 + 2 * g;
-    const int64_t from = int64_t(row) * w.row_octets + octet;
-    load_octets<1, V::LOW_BYTES>(w.low, from, w.row_octets - octet, w.vector_low, low);
-    if constexpr (V::HIGH_BYTES) load_octets<1, V::HIGH_BYTES>(w.high, from, w.row_octets - octet, true, high);
-    load_octets<2, 1>(w.mask, int64_t(row) * w.mask_octets + mask_octet, w.mask_octets - mask_octet, w.vector_mask,
-                      mask);
+  __device__ __forceinline__ void load(const Weight&, const Row& row, int k0, int g) {
+    const int octet = k0 / 16 + g;
+    load_bytes<V::LOW_BYTES>(row.low + octet * V::LOW_BYTES, low);
+    if constexpr (V::HIGH_BYTES) load_bytes<V::HIGH_BYTES>(row.high + octet * V::HIGH_BYTES, high);
+    load_bytes<2>(row.mask + k0 / 8 + 2 * g, mask);
   }
-  __device__ __forceinline__ void octet(const Weight&, int, int i, int, typename V::Zero zero,
+  __device__ __forceinline__ void octet(const Weight&, int i, int, typename V::Zero zero,
                                         uint32_t (&out)[4]) const {
     uint32_t pairs[4];
     V::decode(low, high, 0, zero, pairs);
@@ -357,19 +393,18 @@ struct UnstructuredSpan {
   static constexpr int OCTETS = 0, MASK_OCTETS = 16;
   static constexpr bool EARLY = false;  // its values can only be found when the mask is there
   uint32_t mask[4];
-  int position;
+  int position;  // of the tile's first entry
 
-  __device__ __forceinline__ void load(const Weight& w, int row, int k0, int) {
-    position = w.tile_offsets[int64_t(k0 / TILE_K) * w.n + row];
-    load_octets<16, 1>(w.mask, int64_t(row) * w.mask_octets + k0 / 8, w.mask_octets - k0 / 8, w.vector_mask, mask);
+  __device__ __forceinline__ void load(const Weight& w, const Row& row, int k0, int) {
+    position = row.first + row.offsets[int64_t(k0 / TILE_K) * w.n];
+    load_bytes<16>(row.mask + k0 / 8, mask);
   }
-  __device__ __forceinline__ void octet(const Weight& w, int row, int i, int g, typename V::Zero zero,
+  __device__ __forceinline__ void octet(const Weight& w, int i, int g, typename V::Zero zero,
                                         uint32_t (&out)[4]) const {
     const int word = g / 2, shift = g % 2 * 16 + 8 * i;
     const uint32_t own = own_word(mask, word);
     const int before = position + ones_before(mask, word) + ptx::ones(own & ((1u << shift) - 1));
-    const GlobalEntries entries = {static_cast<const uint8_t*>(w.low) + int64_t(w.row_offsets[row]) * V::LOW_BYTES};
-    load_sparse_octet<V>(entries, before, own >> shift & 0xFF, zero, out);
+    load_sparse_octet<V>(GlobalEntries{w.low}, before, own >> shift & 0xFF, zero, out);
   }
 };
 

@@ -33,6 +33,7 @@ __device__ __forceinline__ unsigned char* shared_memory() { return dynamic_share
 __device__ __forceinline__ uint32_t address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 template <typename V>
 __device__ __forceinline__ V load_shared(const void* from) {
@@ -169,6 +170,26 @@ __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, ui
   return __funnelshift_rc(low, high, shift);
 }
 __device__ __forceinline__ int ones(uint32_t word) { return __popc(word); }
+
+// Until the kernel before this one in the stream has ended and what it wrote is there; from here on the next may be
+// launched, to wait in its turn. See `start` in launch.cuh.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// (a & mask) | bits: one instruction, which nvcc makes two of where mask and bits are both constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+// A pointer that nvcc keeps as it is, instead of computing it again at every use.
+template <typename P>
+__device__ __forceinline__ void keep(P*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
 
 // Adds one and returns what was there, after everything this thread wrote; and a read that goes past L1.
 __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {

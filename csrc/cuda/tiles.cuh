@@ -8,12 +8,11 @@ namespace ctp {
 constexpr int WARPS = 4, THREADS = WARPS * ALL_LANES;
 constexpr int ROW_BYTES = TILE_K * 2;  // a row of a tile in shared memory: 16 pieces of 16 bytes
 
-// Rows of x (or dy) as a kernel reads them. `vector`: every row starts on 16 bytes.
+// Rows of x (or dy) as a kernel reads them; every row starts on 16 bytes.
 struct Activations {
   const void* data;
   int64_t stride;
   int rows, columns;
-  bool vector;
 };
 
 // Where piece `piece` (8 columns) of a row lies. Lanes read 16 bytes each, eight of them in one pass over the 32 banks:
@@ -34,32 +33,20 @@ __device__ __forceinline__ int sparse_row(int row, int step, int matrix) {
   return row * ROW_BYTES + 16 * ((4 * step + matrix) ^ (row & 7));
 }
 
-// Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`; what lies outside becomes zero. Counts for
-// this thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
-template <int ROWS, int BYTES>
-__device__ __forceinline__ void stage(const Activations& x, int r0, int c0, unsigned char* tile) {
+// Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`, by COUNT threads; what lies outside becomes
+// zero. Counts for this thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
+template <int ROWS, int BYTES, int COUNT>
+__device__ __forceinline__ void stage(const Activations& x, int r0, int c0, unsigned char* tile, int thread) {
   constexpr int PIECES = ROW_BYTES / BYTES, ELEMENTS = BYTES / 2;
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
-  static_assert(ROWS * PIECES % THREADS == 0, "whole turns");
+  static_assert(ROWS * PIECES % COUNT == 0, "whole turns");
 #pragma unroll
-  for (int turn = 0; turn < ROWS * PIECES / THREADS; ++turn) {
-    const int index = turn * THREADS + int(threadIdx.x), row = index / PIECES, piece = index % PIECES;
+  for (int turn = 0; turn < ROWS * PIECES / COUNT; ++turn) {
+    const int index = turn * COUNT + thread, row = index / PIECES, piece = index % PIECES;
     unsigned char* to = tile + (BYTES == 16 ? dense_place(row, piece) : sparse_place(row, piece));
     const int column = c0 + piece * ELEMENTS;
     const int left = r0 + row < x.rows ? max(0, min(ELEMENTS, x.columns - column)) : 0;
-    const uint16_t* from = left > 0 ? data + int64_t(r0 + row) * x.stride + column : data;
-    if (x.vector) {
-      ptx::copy_async<BYTES>(to, from, 2 * left);
-    } else {
-      uint32_t words[BYTES / 4];
-#pragma unroll
-      for (int i = 0; i < BYTES / 4; ++i)
-        words[i] = (2 * i < left ? from[2 * i] : 0u) | (2 * i + 1 < left ? from[2 * i + 1] : 0u) << 16;
-      if constexpr (BYTES == 16)
-        ptx::store_shared(to, uint4{words[0], words[1], words[2], words[3]});
-      else
-        ptx::store_shared(to, uint2{words[0], words[1]});
-    }
+    ptx::copy_async<BYTES>(to, left > 0 ? data + int64_t(r0 + row) * x.stride + column : data, 2 * left);
   }
 }
 
@@ -93,6 +80,7 @@ __device__ __forceinline__ bool add_up(const Shared& shared, float (&sum)[FRAGME
   ptx::fence();
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) sum[i / 4][i % 4] = 0;
+#pragma unroll 2
   for (unsigned z = 0; z < gridDim.z; ++z) {
     const float* from = slice(z);
 #pragma unroll

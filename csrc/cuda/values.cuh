@@ -41,53 +41,26 @@ __device__ __forceinline__ Offset offset_of(uint32_t zero) {
   return {Number<T>::MINUS_MAGIC + pair, Number<T>::MINUS_MAGIC_16TH + (pair << 4)};
 }
 
-// Reads octets of one bit plane into consecutive bytes of registers. `octet` counts from the start of the plane,
-// `valid` is how many octets the row still has. `vector`: rows start on OCTETS * BYTES (at most 16), as `octet` does.
-template <int OCTETS, int BYTES, int WORDS>
-__device__ __forceinline__ void load_octets(const void* plane, int64_t octet, int valid, bool vector,
-                                            uint32_t (&words)[WORDS]) {
-  static_assert(WORDS * 4 >= OCTETS * BYTES, "the words hold the octets");
-  constexpr int TOTAL = OCTETS * BYTES;
-  const uint8_t* from = static_cast<const uint8_t*>(plane) + octet * BYTES;
+// BYTES of a plane, which lie on as many bytes (at most 16), into registers.
+template <int BYTES, int WORDS>
+__device__ __forceinline__ void load_bytes(const uint8_t* from, uint32_t (&words)[WORDS]) {
+  static_assert(WORDS * 4 >= BYTES, "the words hold the bytes");
+  if constexpr (BYTES % 16 == 0) {
 #pragma unroll
-  for (int i = 0; i < WORDS; ++i) words[i] = 0;
-  if (vector && valid >= OCTETS) {
-    if constexpr (TOTAL % 16 == 0) {
-#pragma unroll
-      for (int i = 0; i < TOTAL / 16; ++i) {
-        const uint4 v = ptx::load_once(from + 16 * i);
-        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-      }
-    } else if constexpr (TOTAL == 8) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from);
-      words[0] = v.x, words[1] = v.y;
-    } else if constexpr (TOTAL == 4) {
-      words[0] = *reinterpret_cast<const uint32_t*>(from);
-    } else if constexpr (TOTAL == 2) {
-      words[0] = *reinterpret_cast<const uint16_t*>(from);
-    } else {
-      static_assert(TOTAL == 1, "a power of two");
-      words[0] = *from;
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < OCTETS; ++i) {  // an octet is aligned to itself in every plane
-    if (i >= valid) continue;
-    const uint8_t* piece = from + i * BYTES;
-    if constexpr (BYTES == 16) {
-      const uint4 v = *reinterpret_cast<const uint4*>(piece);
+    for (int i = 0; i < BYTES / 16; ++i) {
+      const uint4 v = ptx::load_once(from + 16 * i);
       words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-    } else if constexpr (BYTES == 8) {
-      const uint2 v = *reinterpret_cast<const uint2*>(piece);
-      words[2 * i] = v.x, words[2 * i + 1] = v.y;
-    } else if constexpr (BYTES == 4) {
-      words[i] = *reinterpret_cast<const uint32_t*>(piece);
-    } else if constexpr (BYTES == 2) {
-      words[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(piece)) << 16 * (i % 2);
-    } else {
-      words[i / 4] |= uint32_t(*piece) << 8 * (i % 4);
     }
+  } else if constexpr (BYTES == 8) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    words[0] = v.x, words[1] = v.y;
+  } else if constexpr (BYTES == 4) {
+    words[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (BYTES == 2) {
+    words[0] = *reinterpret_cast<const uint16_t*>(from);
+  } else {
+    static_assert(BYTES == 1, "a power of two");
+    words[0] = *from;
   }
 }
 
@@ -112,7 +85,7 @@ struct Int4 {
     const uint32_t selector[4] = {0x4400, 0x5511, 0x6622, 0x7733};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t code = (ptx::bytes(word, down, selector[i]) & 0x000F000Fu) | Number<T>::MAGIC;
+      const uint32_t code = ptx::and_or(ptx::bytes(word, down, selector[i]), 0x000F000Fu, Number<T>::MAGIC);
       out[i] = ptx::fma2<T>(code, Number<T>::ONE, zero.bit0);
     }
   }
@@ -131,10 +104,11 @@ struct Int3 {
                                                 uint32_t (&out)[4]) {
     const uint32_t two = spread2(ptx::bytes(low[octet / 2], 0, octet % 2 ? 0x4432 : 0x4410)), two8 = two >> 8;
     const uint32_t one = ptx::bytes(high[octet / 4], 0, 0x4440 | (octet % 4)) * 0x8001u;
-    const uint32_t code[4] = {(two & 0x00030003u) | (one << 2 & 0x00040004u) | Number<T>::MAGIC,
-                              (two & 0x00300030u) | (one << 4 & 0x00400040u) | Number<T>::MAGIC,
-                              (two8 & 0x00030003u) | (one >> 2 & 0x00040004u) | Number<T>::MAGIC,
-                              (two8 & 0x00300030u) | (one & 0x00400040u) | Number<T>::MAGIC};
+    const uint32_t magic = Number<T>::MAGIC;
+    const uint32_t code[4] = {ptx::and_or(one << 2, 0x00040004u, ptx::and_or(two, 0x00030003u, magic)),
+                              ptx::and_or(one << 4, 0x00400040u, ptx::and_or(two, 0x00300030u, magic)),
+                              ptx::and_or(one >> 2, 0x00040004u, ptx::and_or(two8, 0x00030003u, magic)),
+                              ptx::and_or(one, 0x00400040u, ptx::and_or(two8, 0x00300030u, magic))};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       out[i] = i % 2 ? ptx::fma2<T>(code[i], Number<T>::SIXTEENTH, zero.bit4)
@@ -153,10 +127,10 @@ struct Int2 {
   static __device__ __forceinline__ void decode(const uint32_t* low, const uint32_t*, int octet, Zero zero,
                                                 uint32_t (&out)[4]) {
     const uint32_t two = spread2(ptx::bytes(low[octet / 2], 0, octet % 2 ? 0x4432 : 0x4410)), two8 = two >> 8;
-    out[0] = ptx::fma2<T>((two & 0x00030003u) | Number<T>::MAGIC, Number<T>::ONE, zero.bit0);
-    out[1] = ptx::fma2<T>((two & 0x00300030u) | Number<T>::MAGIC, Number<T>::SIXTEENTH, zero.bit4);
-    out[2] = ptx::fma2<T>((two8 & 0x00030003u) | Number<T>::MAGIC, Number<T>::ONE, zero.bit0);
-    out[3] = ptx::fma2<T>((two8 & 0x00300030u) | Number<T>::MAGIC, Number<T>::SIXTEENTH, zero.bit4);
+    out[0] = ptx::fma2<T>(ptx::and_or(two, 0x00030003u, Number<T>::MAGIC), Number<T>::ONE, zero.bit0);
+    out[1] = ptx::fma2<T>(ptx::and_or(two, 0x00300030u, Number<T>::MAGIC), Number<T>::SIXTEENTH, zero.bit4);
+    out[2] = ptx::fma2<T>(ptx::and_or(two8, 0x00030003u, Number<T>::MAGIC), Number<T>::ONE, zero.bit0);
+    out[3] = ptx::fma2<T>(ptx::and_or(two8, 0x00300030u, Number<T>::MAGIC), Number<T>::SIXTEENTH, zero.bit4);
   }
 };
 

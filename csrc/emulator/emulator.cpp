@@ -138,13 +138,10 @@ uint32_t ctp_emulator_fma2(int bf16, uint32_t a, uint32_t b, uint32_t c) {
 
 // The metadata that the kernels give mma.sp for a bitmap (16 rows, 16 bytes): out (4 steps, 32 lanes).
 void ctp_emulator_metadata(const uint8_t* bitmap, uint32_t* out) {
-  ctp::Weight w = {};
-  w.mask = bitmap, w.n = 16, w.k = 128, w.mask_octets = 16;
   one_warp(0, [&] {
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     ctp::Sparse24Tile<ctp::Float<__half>> tile;
-    const int rows[2] = {g, g + 8};
-    for (int r = 0; r < 2; ++r) ctp::load_octets<16, 1>(w.mask, int64_t(rows[r]) * 16, 16, false, tile.mask[r]);
+    for (int r = 0; r < 2; ++r) memcpy(tile.mask[r], bitmap + 16 * (g + 8 * r), 16);
     for (int j = 0; j < 2; ++j) out[(2 * (t / 2) + j) * 32 + lane] = tile.metadata(j, t);
   });
 }

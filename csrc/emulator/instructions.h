@@ -68,6 +68,10 @@ namespace ptx {
 
 inline unsigned char* shared_memory() { return emulator::block->shared; }
 inline void sync_threads(int line = __builtin_LINE()) { emulator::barrier(line); }
+inline void sync_warp(int line = __builtin_LINE()) {
+  int none = 0;
+  emulator::warp_wide("syncwarp", line, none, [](int**) {});
+}
 
 template <typename V>
 V load_shared(const void* from) {
@@ -200,6 +204,11 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
   return shift >= 32 ? high : uint32_t((uint64_t(high) << 32 | low) >> shift);
 }
 inline int ones(uint32_t word) { return __builtin_popcount(word); }
+
+inline void wait_for_previous() {}
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+template <typename P>
+void keep(P*&) {}
 
 inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
 inline void fence() {}

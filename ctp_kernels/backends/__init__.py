@@ -9,6 +9,7 @@ A backend is a module with
 and, where how it runs depends on the rows,
 
     describe(format, shape, dtype, rows, direction) -> how, for `explain`
+    slower(format, rows, direction) -> the reason why another backend should run so many rows where it can, or None
 
 and, where a call's own time shows,
 
@@ -34,7 +35,7 @@ from ..format import Format
 logger = logging.getLogger("ctp_kernels")
 
 #: Tried in this order by "auto"; `reference` answers for everything and comes last.
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 #: "int8" rounds activations to 8-bit integers per group on the way in (forward only, formats with codes only): as
@@ -63,6 +64,11 @@ class Choice:
         return "; ".join(f"{name}: {reason}" for name, reason in self.passed_over)
 
 
+def row_class(rows: int) -> int:
+    """Row counts that are run alike: the next power of two."""
+    return 1 << (max(rows, 1) - 1).bit_length()
+
+
 @lru_cache(maxsize=4096)
 def choose(
     format: Format,
@@ -72,19 +78,27 @@ def choose(
     direction: str,
     backend: str = "auto",
     compute: str = "exact",
+    rows: int | None = None,
 ) -> Choice:
     """The backend for a (N, K) weight and activations of `dtype` on a device type ("cpu", "cuda").
 
-    Raises CTPError with the reason when a backend asked for by name cannot do it. With "auto", landing on
-    `reference` (which decodes the whole weight at every call) is logged once per case.
+    `rows`, a `row_class`: "auto" passes over a backend that is slower than the next for so many rows. Raises CTPError
+    with the reason when a backend asked for by name cannot do it. With "auto", landing on `reference` (which decodes
+    the whole weight at every call) is logged once per case.
     """
     if compute not in COMPUTE:
         raise CTPError(f"unknown compute {compute!r}: {' or '.join(COMPUTE)}")
     if compute == "int8" and not format.quantized:
         raise CTPError(f'compute="int8" multiplies codes, and {format} stores floating values: use compute="exact"')
-    passed_over = []
+    passed_over, slow = [], None
     for name in BACKENDS if backend == "auto" else (backend,):
-        reason = load(name).unsupported(format, shape, dtype, torch.device(device), direction, compute)
+        module = load(name)
+        reason = module.unsupported(format, shape, dtype, torch.device(device), direction, compute)
+        if reason is None and name == "reference" and slow is not None:
+            return slow  # nothing but the reference would be left
+        if reason is None and backend == "auto" and rows is not None and hasattr(module, "slower"):
+            reason = module.slower(format, rows, direction)
+            slow = Choice(name, tuple(passed_over)) if reason is not None else None
         if reason is None:
             choice = Choice(name, tuple(passed_over))
             if name == "reference" and backend == "auto":

@@ -11,7 +11,8 @@ import torch
 from .. import _build
 from ..errors import CTPError
 from ..format import Format
-from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
+from ..patterns import TILE
+from .c_interface import DTYPES, Weight, bias_for, weight_of
 
 #: Values that have a kernel, by pattern; "same" is fp16 with fp16 activations and bf16 with bf16.
 _VALUES = {
@@ -20,6 +21,13 @@ _VALUES = {
     "unstructured": ("int4", "same"),
 }
 _TENSOR_CORE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+#: The most rows for which "auto" takes these kernels, by pattern; for more, and backward, Triton or its dequantised
+#: product were faster on an H200 (docs/gpu.md).
+_MOST_ROWS = {"dense": 64, "sparse24": 64, "unstructured": 32}
+
+#: Up to so many rows a block sums over all of K (matmul_few), and no workspace is needed.
+_FEW_ROWS = 16
 
 #: Bytes in which blocks leave their parts of a sum; enough for every grid that would be split.
 _WORKSPACE_BYTES = 16 * 2**20
@@ -51,6 +59,8 @@ def no_kernel(
     """Why no kernel was written for it, or None; whatever the machine."""
     if compute != "exact":
         return "it has no int8 activations"
+    if shape[1] % TILE:
+        return f"{shape[1]} inputs are not a multiple of {TILE}"
     if dtype not in DTYPES:
         return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
     if _by_rows(format, shape, dtype, direction):
@@ -63,6 +73,19 @@ def no_kernel(
             return f"there is no CUDA kernel for {format}"
         return f"{format.values} values are not multiplied with {_TENSOR_CORE_DTYPES[dtype]} activations"
     return _group_reason(format, shape[1], direction)
+
+
+def slower(format: Format, rows: int, direction: str) -> str | None:
+    """Why another backend should run so many rows, where it can, or None."""
+    most = _MOST_ROWS[format.pattern] if direction == "forward" else 0
+    return None if rows <= most else f"triton is faster {direction} at {rows} rows"
+
+
+def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
+    """The kernel that takes so many rows."""
+    if _by_rows(format, shape, dtype, direction):
+        return "int4_rows"
+    return "matmul_t" if direction == "backward" else "matmul_few" if rows <= _FEW_ROWS else "matmul"
 
 
 def _group_reason(format: Format, k: int, direction: str) -> str | None:
@@ -94,7 +117,8 @@ def matmul(
     library = _loaded()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        return launch(library, x, tensors, format, n, bias, stream, _workspace(library, x.device, stream))
+        workspace = None if len(x) <= _FEW_ROWS else _workspace(library, x.device, stream)
+        return launch(library, x, tensors, format, n, bias, stream, workspace)
 
 
 def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, k: int) -> torch.Tensor:
@@ -174,8 +198,9 @@ def launch(
 ) -> torch.Tensor:
     """`matmul` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, k = x.shape
+    tensors = _aligned(tensors)
     weight = weight_of(tensors, format, n, k, x.device)
-    x = rows_contiguous(x)
+    x = _on_pieces(x)
     bias, bias_pointer = bias_for(bias, n, x.dtype)
     y = x.new_empty((m, n))
     call = (weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), DTYPES[x.dtype])
@@ -199,8 +224,9 @@ def launch_t(
 ) -> torch.Tensor:
     """`matmul_t` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, n = dy.shape
+    tensors = _aligned(tensors)
     weight = weight_of(tensors, format, n, k, dy.device)
-    dy = rows_contiguous(dy)
+    dy = _on_pieces(dy)
     dx = dy.new_empty((m, k))
     status = library.ctp_cuda_matmul_t(
         weight, dy.data_ptr(), dy.stride(0), m, dx.data_ptr(), DTYPES[dy.dtype], *_pointers(workspace), stream
@@ -208,6 +234,19 @@ def launch_t(
     if status:
         raise CTPError(f"the CUDA kernel for dX of {format} failed: {_sentence(library, status)}")
     return dx
+
+
+def _aligned(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The buffers, each beginning on 16 bytes: a slice of a fused weight that does not is copied at every call."""
+    return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
+
+
+def _on_pieces(x: torch.Tensor) -> torch.Tensor:
+    """x (M, K) with its rows in one piece each, every one on 16 bytes."""
+    m, k = x.shape
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (m == 1 or x.stride(0) * x.element_size() % 16 == 0):
+        return x
+    return x.new_empty((m, -(-k // 8) * 8))[:, :k].copy_(x)
 
 
 def _pointers(workspace: Workspace | None) -> tuple[int | None, int | None, int]:

@@ -12,7 +12,7 @@ import triton
 from ...errors import CTPError
 from ...format import Format
 from . import kernels
-from .plan import CAPABILITY, MULTIPROCESSORS, Plan, plan_for, row_class, segment_of, widens
+from .plan import MULTIPROCESSORS, Plan, plan_for, row_class, segment_of, widens
 
 _BUFFERS = ("codes_hi", "mask", "row_offsets", "tile_offsets", "scales", "zeros")
 _REDUCE_BLOCK = 1024
@@ -58,15 +58,15 @@ def options_of(plan: Plan) -> dict[str, Any]:
 
 
 @cache
-def properties_of(index: int) -> tuple[str, int, int]:
-    """A GPU's name, how many multiprocessors it has, and its compute capability."""
+def properties_of(index: int) -> tuple[str, int]:
+    """A GPU's name, and how many multiprocessors it has."""
     properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor
+    return properties.name, properties.multi_processor_count
 
 
-def gpu_of(tensor: torch.Tensor) -> tuple[str | None, int, int]:
+def gpu_of(tensor: torch.Tensor) -> tuple[str | None, int]:
     """As `properties_of`, of the tensor's GPU; no name where the interpreter runs."""
-    return properties_of(tensor.get_device()) if tensor.is_cuda else (None, MULTIPROCESSORS, CAPABILITY)
+    return properties_of(tensor.get_device()) if tensor.is_cuda else (None, MULTIPROCESSORS)
 
 
 def _plan(format: Format, x: torch.Tensor, shape: tuple[int, int], direction: str) -> Plan:

@@ -3,7 +3,8 @@
     plan_for(format, dtype, m, (n, k), direction) -> Plan
 
 looks into the table of this GPU (measured by `ctp warmup --tune`, or shipped in tuned.json), and otherwise follows a
-plain rule. **The rule is not measured**: no GPU was at hand when it was written.
+plain rule. Its tiles were measured on an H200 where a comment says so; the others are by arithmetic and by what the
+compiler makes of them.
 """
 
 from __future__ import annotations
@@ -15,22 +16,18 @@ import torch
 
 from ...format import FLOAT_DTYPES, Format
 from ...patterns import TILE
+from .. import row_class  # noqa: F401  (row counts that share a plan)
 from . import tuned
 
-#: From this row class on (so from 513 rows): dequantise, then a dense product. Not measured; by arithmetic (weight
-#: written and read once in 16 bits, on an H200) a dense product of 512 rows keeps two thirds of its speed, of 2048
-#: nine tenths, and a Triton kernel reaches less of the tensor cores' rate than cuBLAS does.
-DENSE_FROM_ROWS = {"forward": 1024, "backward": 1024}
-#: The same for fp32 activations and for floating values of another dtype than the activations, whose products are
-#: summed by plain cores. Not measured; by arithmetic a weight is dequantised to fp32 in the time that 60 to 90 rows of
-#: products take at the full rate of those cores (H100, H200), of which tiles this small reach a part.
-DENSE_FROM_ROWS_FP32 = 128
+#: From this row class on (so from 65 rows): dequantise, then a dense product. Measured on an H200 at 64, 128 and 256
+#: rows of 4096 x 4096 and 11008 x 4096. For fp32 activations, and floating values of another dtype than the
+#: activations, by arithmetic: plain cores sum 60 to 90 rows in the time in which a weight is dequantised to fp32.
+DENSE_FROM_ROWS = 128
 #: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
 #: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
 DECODE_ROWS = 2
-#: Multiprocessors to fill and compute capability where there is no GPU to ask (the interpreter, ahead-of-time
-#: compilation): an H100's.
-MULTIPROCESSORS, CAPABILITY = 132, 90
+#: Multiprocessors to fill where there is no GPU to ask (the interpreter, ahead-of-time compilation): an H100's.
+MULTIPROCESSORS = 132
 _MOST_SPLITS = 16
 
 
@@ -60,11 +57,6 @@ class Plan:
         return f"{self.kind} {self.block_n}x{self.block_m}x{self.block_k} {counts}"
 
 
-def row_class(m: int) -> int:
-    """Row counts that share a plan: the next power of two, up to the largest that a tile of rows holds."""
-    return 1 << (max(m, 1) - 1).bit_length()
-
-
 def widens(format: Format, dtype: torch.dtype) -> bool:
     """Whether operands are widened to fp32 before they are multiplied: floating values in another dtype than the
     activations', of which neither is rounded to the other."""
@@ -89,7 +81,6 @@ def plan_for(
     direction: str,
     gpu: str | None = None,
     multiprocessors: int = MULTIPROCESSORS,
-    capability: int = CAPABILITY,
 ) -> Plan:
     """The plan for `m` rows of activations of `dtype` and a weight of `shape` (N, K); `m` a `row_class`.
 
@@ -99,7 +90,7 @@ def plan_for(
         found = tuned.lookup(gpu, tuned.key(format, dtype, m, shape, direction))
         if found is not None:
             return Plan(**found)
-    return default_plan(format, dtype, m, shape, direction, multiprocessors, capability)
+    return default_plan(format, dtype, m, shape, direction, multiprocessors)
 
 
 def default_plan(
@@ -109,18 +100,17 @@ def default_plan(
     shape: tuple[int, int],
     direction: str,
     multiprocessors: int,
-    capability: int = CAPABILITY,
 ) -> Plan:
     """The rule where no table answers."""
     slow = widens(format, dtype) or dtype == torch.float32  # fp32 products do not run on tensor cores
-    if m >= (DENSE_FROM_ROWS_FP32 if slow else DENSE_FROM_ROWS[direction]):
+    if m >= DENSE_FROM_ROWS:
         return dense_plan(format)
     if direction == "backward":
         plan = _backward_tiles(format, m, slow)
     elif m <= DECODE_ROWS:
         plan = _decode_tiles(format, m)
     else:
-        plan = _forward_tiles(format, shape[1], m, slow, capability)
+        plan = _forward_tiles(format, shape[1], m, slow)
     return with_splits(plan, format, m, shape, direction, multiprocessors)
 
 
@@ -129,17 +119,14 @@ def dense_plan(format: Format) -> Plan:
     return Plan("dense", 16, 0, TILE, stages=2)
 
 
-def _forward_tiles(format: Format, k: int, m: int, slow: bool, capability: int) -> Plan:
+def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
     """BLOCK_K divides the group where a power of two of 32 or more does, so that the scale stays out of the product."""
     if slow:
         plan = Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)  # larger tiles of fp32 products spill
-    elif m <= 64:
+    else:
         narrow = format.quantized and format.bits < 8
         few = m <= 32 and not (format.pattern == "sparse24" and format.quantized and format.bits == 8)  # which spills
         plan = Plan("tile", 64, max(m, 16), 128, warps=4 if few or narrow else 8)
-    else:
-        # mma.sync, of all but Hopper and data-centre Blackwell, holds both operands in registers: 128 rows of W spill.
-        plan = Plan("tile", 128 if capability // 10 in (9, 10) else 64, 128, 64, warps=8)
     if format.pattern == "unstructured":
         most = 32 if format.quantized else 64  # the addresses of gathered codes take registers
         return replace(plan, block_k=TILE, block_n=16 if slow else 64, block_m=min(plan.block_m, most), warps=8)
@@ -161,15 +148,13 @@ def _decode_tiles(format: Format, m: int) -> Plan:
 
 
 def _backward_tiles(format: Format, m: int, slow: bool) -> Plan:
-    """64 rows of 2-bit fields, 32 of others, so that a thread has 16 bytes to load."""
     if slow and format.pattern != "unstructured":
         return Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)
     if format.pattern == "unstructured":
         return Plan(
             "tile", 16 if slow else 32, min(max(m, 16), 16 if slow else 64), TILE, warps=8, stages=2 if slow else 3
         )
-    narrow = format.quantized and (format.bits < 4 or format.pattern == "sparse24")
-    return Plan("tile", 64 if narrow else 32, min(max(m, 16), 64), TILE, warps=4 if m <= 32 else 8)
+    return Plan("tile", 128, min(max(m, 16), 64), TILE, warps=8, stages=4)  # measured on an H200: int4, 2:4
 
 
 def with_splits(
@@ -177,13 +162,13 @@ def with_splits(
 ) -> Plan:
     """Cut the reduction until each multiprocessor has work for its warps (16 of `decode_kernel`, which has nothing
     else to hide the memory's latency with, 8 of the others), while the partial sums that are written and read again
-    stay under a quarter of the weight's bytes."""
+    are fewer bytes than the weight's (measured on an H200: eight pieces at 16 rows of int4, four at 64)."""
     n, k = shape
     outputs, reduced = (n, k) if direction == "forward" else (k, n)
     out_block, block = (plan.block_n, plan.block_k) if direction == "forward" else (plan.block_k, plan.block_n)
     programs = -(-outputs // out_block) * -(-m // plan.block_m)
     density = 1.0 if format.pattern == "dense" else 0.5
-    room = reduced * format.bits * density / 8 / 4 / (8 * m)
+    room = reduced * format.bits * density / 8 / (8 * m)
     wanted = (16 if plan.kind == "decode" else 8) * multiprocessors
     splits = 1
     while programs * plan.warps * splits < wanted and 2 * splits <= min(room, -(-reduced // block), _MOST_SPLITS):

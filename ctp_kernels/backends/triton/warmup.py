@@ -17,7 +17,7 @@ from . import tuned
 from .plan import DENSE_FROM_ROWS, Plan, default_plan, dense_plan, row_class
 
 #: Row classes of prompts and batches; the kernels of larger ones are those of the last.
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, DENSE_FROM_ROWS["forward"])
+ROWS = (1, 2, 4, 8, 16, 32, 64, DENSE_FROM_ROWS)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def warm_up(
     from . import launch
 
     kept: dict[str, dict] = {}
-    gpu, *size = launch.gpu_of(weights[0].tensors[0])
+    gpu, multiprocessors = launch.gpu_of(weights[0].tensors[0])
     launches = 0
     for weight in weights:
         (n, k), format = weight.shape, weight.format
@@ -107,7 +107,7 @@ def warm_up(
                     return launch.matmul_t(x, weight.tensors, format, k, plan)
 
                 if tune:
-                    rule = default_plan(format, dtype, m, weight.shape, direction, *size)
+                    rule = default_plan(format, dtype, m, weight.shape, direction, multiprocessors)
                     plan, _ = best(list(candidates(rule, format, m, direction)), run, seconds or _bench)
                     kept[tuned.key(format, dtype, m, weight.shape, direction)] = plan.to_dict()
                 else:

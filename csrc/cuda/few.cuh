@@ -1,0 +1,133 @@
+// y = x W^T + bias for up to 16 rows of x: the kernel that is bound by the bytes of the weight.
+//
+// A block owns a panel of 16 rows of W, and its warps share the sum over K: each takes every WARPS-th tile of 128 inputs,
+// alone with its own part of x in shared memory, so that nobody waits for another before the end, where the warps' sums
+// meet in shared memory. All of K stays in one block: no workspace, no second block to wait for. With the loads of DEPTH
+// tiles under way in every warp, 16 warps a multiprocessor keep the memory busy.
+#pragma once
+
+#include "matmul.cuh"
+
+namespace ctp {
+
+template <class Tile, int NT>
+struct FewShape {
+  static constexpr bool SLOTS = Tile::SLOT_BYTES > 0, SMALL = sizeof(Tile) < 64 && !SLOTS;
+  static constexpr int DEPTH = NT == 1 && SMALL ? 4 : 3;  // tiles under way, of W and of x
+  static constexpr int MOST_WARPS = SLOTS ? 4 : 8, BLOCKS = SMALL ? 2 : 1;  // a multiprocessor, for registers to hold
+  static constexpr int ROWS = NT * 8, SUMS = ROWS * 16;                     // floats that a warp adds up
+  static constexpr int X_BYTES = ROWS * ROW_BYTES, SLOTS_BYTES = 16 * Tile::SLOT_BYTES;
+  static constexpr int STAGE_BYTES = X_BYTES + SLOTS_BYTES, WARP_BYTES = DEPTH * STAGE_BYTES;
+  static_assert(SUMS * 4 <= WARP_BYTES, "the sums take the place of the stages");
+
+  // Measured on an H200: where the panels fill the multiprocessors once or twice, eight warps end sooner; where there are
+  // more, smaller blocks take each other's place more smoothly, as they do where eight warps need too many registers.
+  static int warps(int64_t panels, int multiprocessors) { return SMALL && panels <= 2 * multiprocessors ? 8 : 4; }
+};
+
+// How a lane brings its part of x: pieces `PIECES` of a row to so many lanes, ROWS_A_TURN rows at once.
+template <class Tile, int NT>
+struct XCopies {
+  static constexpr int BYTES = Tile::SPARSE_MMA ? 8 : 16, PIECES = ROW_BYTES / BYTES, ROWS_A_TURN = ALL_LANES / PIECES;
+  const uint8_t* from;  // of this lane's first row, its columns of tile 0
+  int row, piece, rows;
+  uint32_t turn_bytes;
+
+  __device__ __forceinline__ XCopies(const Activations& x, int m0, int lane) : row(lane / PIECES), piece(lane % PIECES) {
+    rows = x.rows - m0;
+    from = static_cast<const uint8_t*>(x.data) + ((m0 + row) * x.stride * 2 + piece * BYTES);
+    turn_bytes = uint32_t(ROWS_A_TURN * x.stride * 2);
+    ptx::keep(from);
+  }
+  __device__ __forceinline__ void copy(int tile, unsigned char* to) const {
+    const uint8_t* at = further(from, tile, ROW_BYTES);
+#pragma unroll
+    for (int turn = 0; turn < NT * 8 / ROWS_A_TURN; ++turn) {
+      const int now = turn * ROWS_A_TURN + row;
+      if (turn * ROWS_A_TURN >= rows) break;
+      if (now < rows)
+        ptx::copy_async<BYTES>(to + (BYTES == 16 ? dense_place(now, piece) : sparse_place(now, piece)),
+                               further(at, turn, int(turn_bytes)), BYTES);
+    }
+  }
+};
+
+// Writes what the warps of a block have added up for a panel: float `at` of each, in the order of their numbers.
+template <class Tile, int NT>
+__device__ __forceinline__ void store_panel(const MatmulCall& call, const unsigned char* sums, int warps, int n0, int m0) {
+  constexpr int SUMS = FewShape<Tile, NT>::SUMS;
+  for (int at = int(threadIdx.x); at < SUMS; at += int(blockDim.x)) {
+    float total = 0;
+    for (int warp = 0; warp < warps; ++warp) total += ptx::load_shared<float>(sums + 4 * (warp * SUMS + at));
+    const int lane = at % ALL_LANES, i = at / ALL_LANES % 4, nt = at / ALL_LANES / 4;
+    store_with_bias<typename Tile::Values::Type>(call, m0 + 8 * nt + lane % 4 * 2 + i % 2, n0 + lane / 4 + i / 2 * 8,
+                                                 total);
+  }
+}
+template <int NT>
+__device__ __forceinline__ void keep_sums(const float (&sum)[NT][4], unsigned char* sums, int lane) {
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ptx::store_shared(sums + 4 * ((4 * nt + i) * ALL_LANES + lane), sum[nt][i]);
+}
+
+template <class Tile, int NT>
+__global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, FewShape<Tile, NT>::BLOCKS)
+    matmul_few(const MatmulCall call) {
+  using Shape = FewShape<Tile, NT>;
+  constexpr int DEPTH = Shape::DEPTH;
+  const Weight& w = call.w;
+  const int lane = int(threadIdx.x) % ALL_LANES, warp = int(threadIdx.x) / ALL_LANES, g = lane / 4, t = lane % 4;
+  const int warps = int(blockDim.x) / ALL_LANES, tiles = w.k / TILE_K;
+  const int n0 = int(blockIdx.x) * 16, m0 = int(blockIdx.y) * Shape::ROWS;
+  unsigned char* const stages = ptx::shared_memory() + warp * Shape::WARP_BYTES;
+
+  ptx::wait_for_previous();
+  Row rows[2];
+  rows_of<Tile>(w, n0, g, t, rows);
+  Tile weights[DEPTH][1];
+#pragma unroll
+  for (int ahead = 0; ahead < DEPTH; ++ahead)
+    if (warp + ahead * warps < tiles) weights[ahead][0].load(w, rows, warp + ahead * warps);
+
+  const XCopies<Tile, NT> copies(call.x, m0, lane);
+  EntryCopies<Tile> entries;
+  if constexpr (Tile::SLOT_BYTES) entries.begin(w, n0, lane, warp);
+  const auto fill_stage = [&](int tile, unsigned char* to) {
+    if (tile < tiles) {
+      copies.copy(tile, to);
+      if constexpr (Tile::SLOT_BYTES) entries.copy(w, tile, warps, lane, to + Shape::X_BYTES);
+    }
+    ptx::commit_copies();
+  };
+#pragma unroll
+  for (int ahead = 0; ahead < DEPTH - 1; ++ahead) fill_stage(warp + ahead * warps, stages + ahead * Shape::STAGE_BYTES);
+
+  // Rows of x that are not there stand in for no output: the last one is read in their place.
+  const int last = copies.rows - 1;
+  const auto row = [&](int i) { return min(i, last); };
+  float sum[NT][4] = {};
+  for (int first = warp; first < tiles; first += DEPTH * warps) {
+#pragma unroll
+    for (int ahead = 0; ahead < DEPTH; ++ahead) {
+      const int tile = first + ahead * warps;
+      if (tile >= tiles) break;
+      ptx::wait_copies<DEPTH - 2>();  // this lane's share of x is there;
+      ptx::sync_warp();               // so is the others', and all have left the stage that is filled next
+      fill_stage(tile + (DEPTH - 1) * warps, stages + (ahead + DEPTH - 1) % DEPTH * Shape::STAGE_BYTES);
+      const unsigned char* x = stages + ahead * Shape::STAGE_BYTES;
+      multiply<Tile, NT, 1>(weights[ahead], x, x + Shape::X_BYTES, w.half_scales, lane, row, sum);
+      if (tile + DEPTH * warps < tiles) weights[ahead][0].load(w, rows, tile + DEPTH * warps);
+    }
+  }
+
+  ptx::wait_copies<0>();
+  ptx::sync_threads();
+  unsigned char* const sums = ptx::shared_memory();
+  keep_sums(sum, sums + warp * Shape::SUMS * 4, lane);
+  ptx::sync_threads();
+  store_panel<Tile, NT>(call, sums, warps, n0, m0);
+}
+
+}  // namespace ctp
