@@ -18,23 +18,24 @@ def copies_to_overflow(nbytes: int) -> int:
     return max(2, -(-4 * cache // nbytes))
 
 
-def race(contenders: dict[str, Calls], *, graph: bool, seconds: float = 0.3, least: int = 7) -> dict[str, dict]:
+def race(contenders: dict[str, Calls], *, graph: bool, seconds: float = 0.1, least: int = 7) -> dict[str, dict]:
     """Time contenders in turn, so that a change of the clock meets all: {name: {median, low, high}} in seconds a call.
 
     A round of a contender is one call for each of its copies of the weight. `graph`: the round is captured once and
-    replayed, so that the launch from Python costs nothing; otherwise it is launched anew, as eager code does.
+    replayed, so that the launch from Python costs nothing; otherwise it is launched anew, as eager code does. Rounds
+    are repeated until a time is a millisecond at least, after one that is not timed: no launch is waited for.
     """
     rounds = {name: _in_turn(calls) for name, calls in contenders.items()}
     if graph:
         rounds = {name: captured(run)[0] for name, run in rounds.items()}
-    for _ in range(3):
-        for run in rounds.values():
-            run()
-    once = sum(_seconds(run) for run in rounds.values())
+    for run in rounds.values():
+        run()
+    repeats = {name: max(1, round(1e-3 / _seconds(run, 1))) for name, run in rounds.items()}
+    once = sum(_seconds(run, repeats[name]) for name, run in rounds.items())
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(max(least, min(200, int(seconds / max(once, 1e-6))))):
         for name, run in rounds.items():
-            times[name].append(_seconds(run) / len(contenders[name]))
+            times[name].append(_seconds(run, repeats[name]) / repeats[name] / len(contenders[name]))
     found = {}
     for name, measured in times.items():
         fifths = statistics.quantiles(measured, n=5)
@@ -63,11 +64,12 @@ def captured(run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
     return graph.replay, result
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], None], repeats: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
     run()
+    start.record()
+    for _ in range(repeats):
+        run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3

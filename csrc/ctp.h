@@ -74,8 +74,8 @@ const char* ctp_cpu_status_string(int status);
 /* The same on `stream` (a cudaStream_t) for CTP_FP16 and CTP_BF16 activations on tensor cores; 0, a status above, or
  * one that ctp_cuda_status_string knows. Nothing is allocated and nothing waited for, so a graph can capture a call.
  * Dense int8, int4, int3, int2; 2:4 int4, int3 and values of the activations' type; unstructured int4 and likewise. A
- * group is the row or a multiple of 32 inputs (dense forward), 128 (sparse forward), 16 (matmul_t). `stored` starts on
- * 16 bytes (dense and 2:4 int8: 8, other codes: 4). counters: ctp_cuda_counters() 32-bit words, all zero before the
+ * group is the row or a multiple of 32 inputs (dense forward), 128 (sparse forward), 16 (matmul_t). K is a multiple of
+ * 128; the weight's planes and every row of x or dy start on 16 bytes. counters: ctp_cuda_counters() 32-bit words, all zero before the
  * first call and after every call; workspace: floats, the more the more blocks can share a sum. Either may be NULL;
  * calls that may run at the same time need their own. Unlike the other kernels, 2:4 forward does not multiply pruned
  * entries: a NaN or infinity in x beside them is lost. */
@@ -84,9 +84,6 @@ int ctp_cuda_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_
 int ctp_cuda_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,
                       void* counters, void* workspace, int64_t workspace_bytes, void* stream);
 int32_t ctp_cuda_counters(void);
-/* y = x W^T + bias for dense int4 on ordinary cores: fp32 activations too, any group. */
-int ctp_cuda_int4_rows(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
-                       int32_t dtype, void* stream);
 /* The number of GPUs; 0 and a status that says why where there is none. */
 int ctp_cuda_device_count(int32_t* count);
 const char* ctp_cuda_status_string(int status);

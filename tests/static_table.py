@@ -34,12 +34,9 @@ def nvcc_version() -> str:
 
 def readable(mangled: str) -> str:
     """`matmul dense int4 fp16, rows of x 8` for a mangled name."""
-    dtype = "fp16" if "6__half" in mangled else "bf16" if "__nv_bfloat16" in mangled else "fp32"
-    rows = re.search(r"int4_rowsILi(\d)ELi(\d)E", mangled)
-    if rows:
-        return f"int4_rows {dtype}, {int(rows[1]) * 4} bytes a load, rows of x {rows[2]}"
+    dtype = "fp16" if "6__half" in mangled else "bf16"
     match = re.search(
-        r"ctp(?:6matmul|8matmul_t)I.*?(Dense|Sparse24|Unstructured)(Tile|Span)INS_\d(Int\d|Float)", mangled
+        r"ctp(?:6matmul|8matmul_t|10matmul_few)I.*?(Dense|Sparse24|Unstructured)(Tile|Span)INS_\d(Int\d|Float)", mangled
     )
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
     assert match, mangled
@@ -48,6 +45,8 @@ def readable(mangled: str) -> str:
     if form == "Span":
         return f"matmul_t {name}, rows of dy {8 * numbers[-1]}"
     small = ", groups below 128" if pattern == "Dense" and numbers[0] == 4 else ""
+    if "matmul_few" in mangled:
+        return f"matmul_few {name}{small}, rows of x {8 * numbers[-1]}"
     panels = ", two panels" if numbers[-1] == 2 else ""
     return f"matmul {name}{small}, rows of x {8 * numbers[-2]}{panels}"
 

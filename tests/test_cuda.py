@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from ctp_kernels import CTPError, pack, parse_format
+from ctp_kernels import CTPError, backends, pack, parse_format
 from ctp_kernels.backends import c_interface, cuda
 
 from . import emulated
@@ -58,7 +58,7 @@ def test_backward_against_the_unpacked_weight(library, name, shape, dtype):
 @pytest.mark.parametrize("rows", [3, 12, 150], ids=["narrow", "two_eights", "wide"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_hot_rows_return_the_decoded_weight_bit_for_bit(library, name, rows, dtype):
-    n, k = 22, 140
+    n, k = 22, 128
     packed, _, _ = problem(name, (n, k), 1, DTYPES[dtype])
     decoded = packed.unpack(DTYPES[dtype])
     for first in range(0, k, rows):
@@ -87,18 +87,18 @@ def test_the_order_of_warps_and_blocks_changes_no_bit(library, name):
 def test_any_number_of_blocks_may_share_a_sum(library, name, multiprocessors):
     library.ctp_emulator_configure(0, 0, multiprocessors)
     try:
-        packed, x, _ = problem(name, (70, 1984), 2, torch.float16)
+        packed, x, _ = problem(name, (70, 1920), 2, torch.float16)
         assert_right(forward(x, packed), x, packed)
-        packed, dy, _ = problem(name, (1984, 72), 2, torch.float16, "backward")
+        packed, dy, _ = problem(name, (1984, 128), 2, torch.float16, "backward")
         assert_right_t(backward(dy, packed), dy, packed)
     finally:
         library.ctp_emulator_configure(0, 0, 4)
 
 
-def test_a_small_workspace_means_fewer_blocks(library, monkeypatch):
-    packed, x, _ = problem("int4", (64, 2048), 2, torch.float16)
+def test_a_small_workspace_means_fewer_blocks(library):
+    packed, x, _ = problem("int4", (64, 2048), 20, torch.float16)
     counters, floats = emulated.workspace()
-    small = counters, torch.full((64 * 8 * 2 + 64,), torch.nan)[: 64 * 8 * 2]  # two blocks' parts
+    small = counters, torch.full((64 * 32 * 2 + 64,), torch.nan)[: 64 * 32 * 2]  # two blocks' parts
     y = cuda.launch(library, x, packed.tensors, packed.format, 64, None, 0, small)
     assert_right(y, x, packed)
     assert small[1].isfinite().all() and floats.numel() > small[1].numel()
@@ -125,10 +125,10 @@ def test_strided_activations(library, view, name):
 
 @pytest.mark.parametrize("name", ["int4", "sparse24", "unstructured"])
 def test_padding_beside_the_activations_is_never_multiplied(library, name):
-    packed, _, _ = problem(name, (12, 248), 1, torch.bfloat16)
-    x = torch.full((9, 256), torch.nan, dtype=torch.bfloat16)
-    x[:, :248] = torch.randn(9, 248)
-    assert_right(forward(x[:, :248], packed), x[:, :248], packed)
+    packed, _, _ = problem(name, (12, 256), 1, torch.bfloat16)
+    x = torch.full((9, 264), torch.nan, dtype=torch.bfloat16)
+    x[:, :256] = torch.randn(9, 256)
+    assert_right(forward(x[:, :256], packed), x[:, :256], packed)
     dy = torch.full((9, 16), torch.nan, dtype=torch.bfloat16)
     dy[:, :12] = torch.randn(9, 12)
     assert_right_t(backward(dy[:, :12], packed), dy[:, :12], packed)
@@ -160,9 +160,9 @@ def test_fp32_scales(library, name):
 
 
 def test_an_all_zero_unstructured_weight_gives_zeros(library):
-    packed = pack(torch.zeros(10, 200), "unstructured-bf16")
+    packed = pack(torch.zeros(10, 256), "unstructured-bf16")
     assert packed.buffers["values"].numel() == 0
-    assert not forward(torch.randn(3, 200).bfloat16(), packed).any()
+    assert not forward(torch.randn(3, 256).bfloat16(), packed).any()
     assert not backward(torch.randn(3, 10).bfloat16(), packed).any()
 
 
@@ -171,46 +171,25 @@ def test_nothing_is_read_beyond_the_buffers(library):
     assert done.returncode == 0 and done.stdout.split() == list(FORMATS), done.stdout + done.stderr
 
 
-ROWS_CASES = {
-    "m1_vectors": ("int4", (16, 1024), 1, "fp32"),
-    "m3_one_row_of_the_tile_empty": ("int4", (8, 256), 3, "fp32"),
-    "m21_ragged_everything": ("int4-asym", (11, 203), 21, "fp32"),
-    "k_below_one_word": ("int4", (4, 5), 2, "fp32"),
-    "group8": ("int4-g8-asym", (5, 320), 2, "bf16"),
-    "group24_across_vectors": ("int4-g24", (5, 320), 2, "fp16"),
-    "row_scale_ragged_asym": ("int4-row-asym", (7, 171), 6, "fp32"),
-}
-
-
-@pytest.mark.parametrize("case", ROWS_CASES)
-def test_int4_on_ordinary_cores(library, case):
-    name, shape, m, dtype = ROWS_CASES[case]
-    packed, x, bias = problem(name, shape, m, DTYPES[dtype])
-    assert cuda._by_rows(packed.format, shape, x.dtype, "forward")
-    assert_right(forward(x, packed, bias), x, packed, bias)
-    one_hot = torch.eye(shape[1], dtype=x.dtype)
-    assert torch.equal(forward(one_hot, packed).T, packed.unpack(x.dtype))
-
-
 def test_bad_arguments_are_a_status_not_a_crash(library):
     packed, x, _ = problem("int4", (4, 128), 2, torch.float16)
     codes, scales = packed.tensors
-    y = torch.empty(2, 64, dtype=torch.float16)
-    good = dict(n=4, k=64, pattern=0, values=4, scale_dtype=1, symmetric=1, group=64, stored=codes.data_ptr())
+    y = torch.empty(2, 128, dtype=torch.float16)
+    good = dict(n=4, k=128, pattern=0, values=4, scale_dtype=1, symmetric=1, group=128, stored=codes.data_ptr())
     good["scales"] = scales.data_ptr()
 
     def status(transposed=False, **changes):
         call = {"x": x.data_ptr(), "m": 2, "dtype": 1} | changes
         weight = c_interface.Weight(**{name: changes.get(name, value) for name, value in good.items()})
         weight.mask, weight.stored_hi = changes.get("mask"), changes.get("stored_hi")
-        arguments = (call["x"], 64, call["m"], *(() if transposed else (None,)), y.data_ptr(), call["dtype"])
+        arguments = (call["x"], 128, call["m"], *(() if transposed else (None,)), y.data_ptr(), call["dtype"])
         run = library.ctp_cuda_matmul_t if transposed else library.ctp_cuda_matmul
         return run(weight, *arguments, None, None, 0, None)
 
     assert status() == 0 and status(transposed=True) == 0
     for bad in (
-        *({"pattern": 3}, {"pattern": 1}, {"values": 5}, {"values": 1}, {"n": 0}, {"k": 0}, {"k": 2**31}),
-        *({"group": 12, "k": 128}, {"scale_dtype": 2}, {"symmetric": 0}, {"stored": None}, {"scales": None}),
+        *({"pattern": 3}, {"pattern": 1}, {"values": 5}, {"values": 1}, {"n": 0}, {"k": 0}, {"k": 100}, {"k": 2**31}),
+        *({"group": 12}, {"scale_dtype": 2}, {"symmetric": 0}, {"stored": None}, {"scales": None}),
         *({"stored": codes.data_ptr() + 2}, {"m": -1}, {"dtype": 0}, {"dtype": 3}, {"x": None}),
         *({"mask": codes.data_ptr()}, {"stored_hi": codes.data_ptr()}),
     ):
@@ -218,13 +197,31 @@ def test_bad_arguments_are_a_status_not_a_crash(library):
     assert "misaligned" in cuda._sentence(library, 1)
 
 
+def test_inputs_that_are_no_whole_tiles_are_refused():
+    reason = cuda.no_kernel(parse_format("int4"), (8, 100), torch.float16, "forward")
+    assert reason == "100 inputs are not a multiple of 128"
+
+
+@pytest.mark.parametrize("rows,expected", [(1, "cuda"), (64, "cuda"), (128, "triton")])
+def test_auto_takes_another_backend_where_it_is_faster(monkeypatch, rows, expected):
+    format = parse_format("int4")
+    monkeypatch.setattr(cuda, "unsupported", lambda *arguments: None)  # as on a machine with a GPU
+    monkeypatch.setattr(backends, "BACKENDS", ("cuda", "triton", "reference"))
+    backends.choose.cache_clear()
+    try:
+        chosen = backends.choose(format, (256, 256), torch.float16, "cuda", "forward", rows=rows)
+        backward = backends.choose(format, (256, 256), torch.float16, "cuda", "backward", rows=rows)
+    finally:
+        backends.choose.cache_clear()
+    assert (chosen.backend, backward.backend) == (expected, "triton")
+
+
 @pytest.mark.parametrize(
     "name,dtype,device,direction,reason",
     [
         ("int4", torch.float16, "cpu", "forward", "tensors are on cpu"),
         ("int4", torch.float64, "cuda", "forward", "activations are float64"),
-        ("int4", torch.float32, "cuda", "backward", "float32 activations run on dense int4 forward only"),
-        ("int3", torch.float32, "cuda", "forward", "float32 activations run on dense int4 forward only"),
+        ("int4", torch.float32, "cuda", "forward", "activations are float32"),
         ("bf16", torch.bfloat16, "cuda", "forward", "no CUDA kernel for bf16"),
         ("sparse24-int8", torch.bfloat16, "cuda", "forward", "no CUDA kernel for sparse24-int8"),
         ("unstructured-int3", torch.float16, "cuda", "backward", "no CUDA kernel for unstructured-int3"),
@@ -241,7 +238,7 @@ def test_what_it_cannot_do_it_says(name, dtype, device, direction, reason):
 def test_int8_activations_are_refused():
     format = parse_format("int4")
     assert "int8 activations" in str(
-        cuda.unsupported(format, (8, 64), torch.float16, torch.device("cuda"), "forward", "int8")
+        cuda.unsupported(format, (8, 128), torch.float16, torch.device("cuda"), "forward", "int8")
     )
 
 
@@ -312,4 +309,4 @@ def test_a_failed_launch_is_said_in_the_drivers_words():
     with pytest.raises(CTPError, match=r"CUDA kernel for int4 failed: .*(driver|device)"):
         cuda.launch(compiled, x, packed.tensors, packed.format, 4, bias, 0)
     with pytest.raises(CTPError, match=r"dX of int4 failed: .*(driver|device)"):
-        cuda.launch_t(compiled, x[:, :4].contiguous(), packed.tensors, packed.format, 64, 0)
+        cuda.launch_t(compiled, x[:, :4].contiguous(), packed.tensors, packed.format, 128, 0)

@@ -1,4 +1,4 @@
-"""Our kernels beside other libraries' on a GPU, in one interleaved run. **Never run yet**: no GPU was at hand.
+"""Our kernels beside other libraries' on a GPU, in one interleaved run.
 
 A peer that is not installed, or that this GPU or this PyTorch lacks, is skipped with its reason. Each computes the
 product of the same codes (bitsandbytes: of a grid of its own; 2:4: of the same numbers) and is checked before it is
@@ -88,22 +88,19 @@ PEERS = {
 
 
 @lru_cache(maxsize=1)
-def case(format: str, shape: tuple[int, int]) -> tuple[list[PackedWeight], list[torch.Tensor]]:
+def case(format: str, shape: tuple[int, int]) -> tuple[PackedWeight, list[list[torch.Tensor]], list[torch.Tensor]]:
     generator = torch.Generator("cuda").manual_seed(0)
     packed = pack(torch.randn(*shape, generator=generator, device="cuda"), parse_format(format))
     dense = packed.unpack(torch.bfloat16)
-    copies = [
-        PackedWeight(packed.format, packed.shape, torch.bfloat16, {k: t.clone() for k, t in packed.buffers.items()})
-        for _ in range(copies_to_overflow(packed.nbytes))
-    ]
-    return copies, [dense.clone() for _ in range(copies_to_overflow(dense.nbytes))]
+    copies = [[t.clone() for t in packed.tensors] for _ in range(copies_to_overflow(packed.nbytes))]
+    return packed, copies, [dense.clone() for _ in range(copies_to_overflow(dense.nbytes))]
 
 
 @lru_cache(maxsize=1)
 def contender(peer: str, shape: tuple[int, int]) -> list[Call]:
     make, format, *_ = PEERS[peer]
-    copies, dense = case(format, shape)
-    return [make(copies[0], dense[0]) for _ in copies]
+    packed, copies, dense = case(format, shape)
+    return [make(packed, dense[0]) for _ in copies]
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
@@ -113,17 +110,17 @@ def contender(peer: str, shape: tuple[int, int]) -> list[Call]:
 @torch.no_grad()
 def test_gpu_peers(table, peer, shape, rows, mode):
     _, format, direction, tolerance = PEERS[peer]
-    copies, dense = case(format, shape)
-    others, (n, k), name = contender(peer, shape), shape, copies[0].format.name
+    packed, copies, dense = case(format, shape)
+    others, (n, k), name = contender(peer, shape), shape, packed.format.name
     x = torch.randn(rows, k if direction == "forward" else n, device="cuda", dtype=torch.bfloat16)
     expected = x.float() @ (dense[0].T if direction == "forward" else dense[0]).float()
     error = ((others[0](x).float() - expected).norm() / expected.norm()).item()
     assert error < tolerance, f"{peer} computes something else: relative error {error:.2e}"
     if direction == "forward":
-        ours = [lambda w=w: torch.ops.ctp.matmul(x, w.tensors, None, name, n, "auto") for w in copies]
+        ours = [lambda w=w: torch.ops.ctp.matmul(x, w, None, name, n, "auto") for w in copies]
         plain = [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]
     else:
-        ours = [lambda w=w: torch.ops.ctp.matmul_t(x, w.tensors, name, k, "auto") for w in copies]
+        ours = [lambda w=w: torch.ops.ctp.matmul_t(x, w, name, k, "auto") for w in copies]
         plain = [lambda w=w: x @ w for w in dense]
     times = race(
         {"dense": plain, "peer": [lambda call=call: call(x) for call in others], "packed": ours}, graph=mode == "graph"

@@ -44,7 +44,6 @@ struct XCopies {
 #pragma unroll
     for (int turn = 0; turn < NT * 8 / ROWS_A_TURN; ++turn) {
       const int now = turn * ROWS_A_TURN + row;
-      if (turn * ROWS_A_TURN >= rows) break;
       if (now < rows)
         ptx::copy_async<BYTES>(to + (BYTES == 16 ? dense_place(now, piece) : sparse_place(now, piece)),
                                further(at, turn, int(turn_bytes)), BYTES);
@@ -122,6 +121,7 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
     }
   }
 
+  ptx::let_next_start();
   ptx::wait_copies<0>();
   ptx::sync_threads();
   unsigned char* const sums = ptx::shared_memory();

@@ -126,7 +126,7 @@ __device__ __forceinline__ void store_with_bias(const MatmulCall& call, int m, i
 template <class Tile, int NT, int PANELS>
 struct MatmulShape {
   static constexpr bool SMALL = sizeof(Tile) < 64 && Tile::SLOT_BYTES == 0;
-  static constexpr int STAGES = 3, DEPTH = PANELS == 2 ? 1 : SMALL ? 4 : NT == 8 && Tile::SPARSE_MMA ? 1 : 2;  // what 255 registers hold
+  static constexpr int STAGES = 3, DEPTH = SMALL ? 4 : PANELS == 2 || NT == 8 ? 1 : 2;  // what 255 registers hold
   static constexpr int OUTPUTS = WARPS * 16 * PANELS, ROWS = NT * 8;
   static constexpr int X_BYTES = ROWS * ROW_BYTES, SLOTS_BYTES = 16 * Tile::SLOT_BYTES;  // of one warp
   static constexpr int STAGE_BYTES = X_BYTES + WARPS * SLOTS_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul(const MatmulCall call) {
     }
   }
 
+  ptx::let_next_start();
   ptx::wait_copies<0>();
   if (gridDim.z > 1) ptx::sync_threads();  // add_up uses the stages
   if (!add_up(call.shared, sum, stages)) return;

@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
   }
 
   // The four warps add up in shared memory, in order; then thread i owns columns i of the block's tile.
+  ptx::let_next_start();
   ptx::wait_copies<0>();
   for (int turn = 0; turn < WARPS; ++turn) {
     ptx::sync_threads();

@@ -171,11 +171,17 @@ __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, ui
 }
 __device__ __forceinline__ int ones(uint32_t word) { return __popc(word); }
 
-// Until the kernel before this one in the stream has ended and what it wrote is there; from here on the next may be
-// launched, to wait in its turn. See `start` in launch.cuh.
+// The launch of a kernel need not wait for the end of the one before it in the stream (`start` in launch.cuh): the
+// kernel itself waits, here, until that one has ended and what it wrote is there.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// When all blocks have come here or ended, the next kernel's may take the places that are left, and wait there. Said
+// early, they take places that this kernel's own blocks need.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }

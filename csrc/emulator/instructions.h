@@ -206,6 +206,7 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
 inline int ones(uint32_t word) { return __builtin_popcount(word); }
 
 inline void wait_for_previous() {}
+inline void let_next_start() {}
 inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 template <typename P>
 void keep(P*&) {}

@@ -22,6 +22,8 @@ _VALUES = {
 }
 _TENSOR_CORE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
+_PLANES = ("values", "codes", "codes_hi", "mask")
+
 #: The most rows for which "auto" takes these kernels, by pattern; for more, and backward, Triton or its dequantised
 #: product were faster on an H200 (docs/gpu.md).
 _MOST_ROWS = {"dense": 64, "sparse24": 64, "unstructured": 32}
@@ -61,12 +63,8 @@ def no_kernel(
         return "it has no int8 activations"
     if shape[1] % TILE:
         return f"{shape[1]} inputs are not a multiple of {TILE}"
-    if dtype not in DTYPES:
-        return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
-    if _by_rows(format, shape, dtype, direction):
-        return None
     if dtype not in _TENSOR_CORE_DTYPES:
-        return "float32 activations run on dense int4 forward only: tensor cores multiply float16 and bfloat16"
+        return f"activations are {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
     values = "same" if format.values == _TENSOR_CORE_DTYPES[dtype] else format.values
     if values not in _VALUES[format.pattern]:
         if format.quantized or format.pattern == "dense":
@@ -83,8 +81,6 @@ def slower(format: Format, rows: int, direction: str) -> str | None:
 
 def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
     """The kernel that takes so many rows."""
-    if _by_rows(format, shape, dtype, direction):
-        return "int4_rows"
     return "matmul_t" if direction == "backward" else "matmul_few" if rows <= _FEW_ROWS else "matmul"
 
 
@@ -96,13 +92,6 @@ def _group_reason(format: Format, k: int, direction: str) -> str | None:
     if format.group_size % multiple == 0:
         return None
     return f"groups of {format.group_size} inputs are not a multiple of {multiple}, as the {direction} kernel needs"
-
-
-def _by_rows(format: Format, shape: tuple[int, int], dtype: torch.dtype, direction: str) -> bool:
-    """Whether the kernel on ordinary cores takes it: dense int4 forward, where the tensor cores cannot."""
-    if format.pattern != "dense" or format.values != "int4" or direction != "forward" or dtype not in DTYPES:
-        return False
-    return dtype == torch.float32 or _group_reason(format, shape[1], direction) is not None
 
 
 def matmul(
@@ -151,7 +140,6 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     weight, shared = ctypes.POINTER(Weight), (pointer, pointer, i64)
     library.ctp_cuda_matmul.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, *shared, pointer)
     library.ctp_cuda_matmul_t.argtypes = (weight, pointer, i64, i64, pointer, i32, *shared, pointer)
-    library.ctp_cuda_int4_rows.argtypes = (weight, pointer, i64, i64, pointer, pointer, i32, pointer)
     library.ctp_cuda_device_count.argtypes = (ctypes.POINTER(i32),)
     library.ctp_cuda_status_string.restype = ctypes.c_char_p
     return library
@@ -198,16 +186,13 @@ def launch(
 ) -> torch.Tensor:
     """`matmul` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, k = x.shape
-    tensors = _aligned(tensors)
+    tensors = _aligned(tensors, format)
     weight = weight_of(tensors, format, n, k, x.device)
     x = _on_pieces(x)
     bias, bias_pointer = bias_for(bias, n, x.dtype)
     y = x.new_empty((m, n))
     call = (weight, x.data_ptr(), x.stride(0), m, bias_pointer, y.data_ptr(), DTYPES[x.dtype])
-    if _by_rows(format, (n, k), x.dtype, "forward"):
-        status = library.ctp_cuda_int4_rows(*call, stream)
-    else:
-        status = library.ctp_cuda_matmul(*call, *_pointers(workspace), stream)
+    status = library.ctp_cuda_matmul(*call, *_pointers(workspace), stream)
     if status:
         raise CTPError(f"the CUDA kernel for {format} failed: {_sentence(library, status)}")
     return y
@@ -224,7 +209,7 @@ def launch_t(
 ) -> torch.Tensor:
     """`matmul_t` on the raw stream `stream` of the current device. Raises CTPError when the launch fails."""
     m, n = dy.shape
-    tensors = _aligned(tensors)
+    tensors = _aligned(tensors, format)
     weight = weight_of(tensors, format, n, k, dy.device)
     dy = _on_pieces(dy)
     dx = dy.new_empty((m, k))
@@ -236,9 +221,10 @@ def launch_t(
     return dx
 
 
-def _aligned(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The buffers, each beginning on 16 bytes: a slice of a fused weight that does not is copied at every call."""
-    return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
+def _aligned(tensors: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:
+    """The buffers, with each plane on 16 bytes: a slice of a fused weight that begins elsewhere is copied every time."""
+    named = zip(format.kernel_names, tensors, strict=True)
+    return [t.clone() if name in _PLANES and t.data_ptr() % 16 else t for name, t in named]
 
 
 def _on_pieces(x: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,7 @@ from .. import row_class  # noqa: F401  (row counts that share a plan)
 from . import tuned
 
 #: From this row class on (so from 65 rows): dequantise, then a dense product. Measured on an H200 at 64, 128 and 256
-#: rows of 4096 x 4096 and 11008 x 4096. For fp32 activations, and floating values of another dtype than the
-#: activations, by arithmetic: plain cores sum 60 to 90 rows in the time in which a weight is dequantised to fp32.
+#: rows of 4096 x 4096 and 11008 x 4096.
 DENSE_FROM_ROWS = 128
 #: Up to this many rows: `decode_kernel` (which takes 8). Not measured; compiled for 4 rows it spills for some formats
 #: and leaves few warps in flight for the others, where the tensor cores take 4 rows like 16.
@@ -102,16 +101,22 @@ def default_plan(
     multiprocessors: int,
 ) -> Plan:
     """The rule where no table answers."""
-    slow = widens(format, dtype) or dtype == torch.float32  # fp32 products do not run on tensor cores
-    if m >= DENSE_FROM_ROWS:
-        return dense_plan(format)
-    if direction == "backward":
-        plan = _backward_tiles(format, m, slow)
-    elif m <= DECODE_ROWS:
+    if direction == "forward" and m <= DECODE_ROWS:
         plan = _decode_tiles(format, m)
+    elif m >= DENSE_FROM_ROWS or _dense_is_faster(format, dtype, m, direction):
+        return dense_plan(format)
     else:
-        plan = _forward_tiles(format, shape[1], m, slow)
+        plan = _forward_tiles(format, shape[1], m) if direction == "forward" else _backward_tiles(m)
     return with_splits(plan, format, m, shape, direction, multiprocessors)
+
+
+def _dense_is_faster(format: Format, dtype: torch.dtype, m: int, direction: str) -> bool:
+    """Measured on an H200: fp32 products, which do not run on tensor cores (int4, 4 and 16 rows), and unstructured
+    weights (forward at 64 rows; dX of codes at 16, of floating values at 64)."""
+    if dtype == torch.float32 or widens(format, dtype):
+        return True
+    most = 32 if direction == "forward" else 0 if format.quantized else 16
+    return format.pattern == "unstructured" and m > most
 
 
 def dense_plan(format: Format) -> Plan:
@@ -119,17 +124,13 @@ def dense_plan(format: Format) -> Plan:
     return Plan("dense", 16, 0, TILE, stages=2)
 
 
-def _forward_tiles(format: Format, k: int, m: int, slow: bool) -> Plan:
+def _forward_tiles(format: Format, k: int, m: int) -> Plan:
     """BLOCK_K divides the group where a power of two of 32 or more does, so that the scale stays out of the product."""
-    if slow:
-        plan = Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)  # larger tiles of fp32 products spill
-    else:
-        narrow = format.quantized and format.bits < 8
-        few = m <= 32 and not (format.pattern == "sparse24" and format.quantized and format.bits == 8)  # which spills
-        plan = Plan("tile", 64, max(m, 16), 128, warps=4 if few or narrow else 8)
+    narrow = format.quantized and format.bits < 8
+    few = m <= 32 and not (format.pattern == "sparse24" and format.quantized and format.bits == 8)  # which spills
+    plan = Plan("tile", 64, max(m, 16), 128, warps=4 if few or narrow else 8)
     if format.pattern == "unstructured":
-        most = 32 if format.quantized else 64  # the addresses of gathered codes take registers
-        return replace(plan, block_k=TILE, block_n=16 if slow else 64, block_m=min(plan.block_m, most), warps=8)
+        return replace(plan, block_k=TILE, warps=8)
     segment = segment_of(format, k, plan.block_k)
     return replace(plan, block_k=segment) if segment >= 32 else plan
 
@@ -147,14 +148,9 @@ def _decode_tiles(format: Format, m: int) -> Plan:
     return Plan("decode", 4, m, wide, warps=1, stages=1)
 
 
-def _backward_tiles(format: Format, m: int, slow: bool) -> Plan:
-    if slow and format.pattern != "unstructured":
-        return Plan("tile", 32, min(max(m, 16), 32), 32, stages=2)
-    if format.pattern == "unstructured":
-        return Plan(
-            "tile", 16 if slow else 32, min(max(m, 16), 16 if slow else 64), TILE, warps=8, stages=2 if slow else 3
-        )
-    return Plan("tile", 128, min(max(m, 16), 64), TILE, warps=8, stages=4)  # measured on an H200: int4, 2:4
+def _backward_tiles(m: int) -> Plan:
+    """Measured on an H200 at 16, 32 and 64 rows, all kinds of values."""
+    return Plan("tile", 128, max(m, 16), TILE, warps=8, stages=4)
 
 
 def with_splits(
