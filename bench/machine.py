@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Machine:
-    """name: the processor; threads: torch's; the roofs, measured: gb_per_s by reading 512 MB, gflop_per_s by fp32
-    multiply-adds in registers (CPU) or an fp16 matmul of 8192 x 8192 x 8192 (GPU)."""
+    """name: the processor; threads: torch's; the roofs, measured: gb_per_s by reading 512 MB (GPU: 4 GB), gflop_per_s
+    by fp32 multiply-adds in registers (CPU) or an fp16 matmul of 8192 x 8192 x 8192 (GPU)."""
 
     name: str
     device: str
@@ -61,7 +61,7 @@ def median_seconds(call: Callable[[], object], device: str, repeats: int = 5) ->
 @cache
 def machine(device: str) -> Machine:
     """Name the machine and measure its roofs; takes about two seconds on two cores."""
-    big = torch.ones(128 * 2**20, device=device)
+    big = torch.ones((128 if device == "cpu" else 1024) * 2**20, device=device)
     bandwidth = big.nbytes / median_seconds(lambda: big.sum(), device) / 1e9
     if device == "cpu":
         turns = 10_000_000

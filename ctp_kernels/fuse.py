@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from . import ops
 from .patterns import tile_offsets
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class FusedGroup:
         self.parts = parts
         self.tensors: list[torch.Tensor] | None = None
         self._pending: _Pending | None = None
+        self._product = ops.Product()
         for place, part in enumerate(parts):
             part.group, part.place = self, place
         self.refresh()
@@ -97,9 +99,7 @@ class FusedGroup:
             or (pending.version, pending.grad) != (version, torch.is_grad_enabled())
             or pending.outputs[part.place] is None
         ):
-            y = torch.ops.ctp.matmul(
-                x, self.tensors, self.bias(), part.format.name, sum(self.rows), part.backend, part.compute
-            )
+            y = self._product(x, self.tensors, self.bias(), part.format, sum(self.rows), part.backend, part.compute)
             pending = self._pending = _Pending(x, version, torch.is_grad_enabled(), list(y.split(self.rows, dim=-1)))
         output, pending.outputs[part.place] = pending.outputs[part.place], None
         if all(left is None for left in pending.outputs):

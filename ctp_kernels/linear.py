@@ -29,8 +29,6 @@ class PackedLinear(nn.Module):
     #: The layers that this one runs together with, if any, and its place among them (see fuse.py).
     group: FusedGroup | None = None
     place: int = 0
-    #: What the last quiet call was bound to, its kernel, and the tensors, so that their addresses stay theirs.
-    _bound: tuple[tuple, Callable[..., torch.Tensor], list[torch.Tensor]] | None = None
 
     def __init__(
         self, packed: PackedWeight, bias: torch.Tensor | None = None, backend: str = "auto", compute: str = "exact"
@@ -39,6 +37,7 @@ class PackedLinear(nn.Module):
         packed.validate()
         self.format, self.dtype, self.backend, self.compute = packed.format, packed.dtype, backend, compute
         self.out_features, self.in_features = packed.shape
+        self._product = ops.Product()
         for name, tensor in zip(packed.format.kernel_names, packed.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=name in packed.format.buffer_names)
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -67,18 +66,8 @@ class PackedLinear(nn.Module):
             if y is not None:
                 return y
         tensors: Any = [self._buffers[name] for name in self.format.kernel_names]
-        if not ops.quiet(x):
-            return torch.ops.ctp.matmul(
-                x, tensors, self.bias, self.format.name, self.out_features, self.backend, self.compute
-            )
-        kept = (x.dtype, self.format, self.backend, self.compute, *[t.data_ptr() for t in tensors])
-        if self._bound is None or self._bound[0] != kept:
-            run = ops.bind(x, tensors, self.format, self.out_features, self.backend, self.compute)
-            self._bound = kept, run, tensors
-        return self._bound[1](x, self._parameters["bias"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None}
+        bias = self._parameters["bias"]
+        return self._product(x, tensors, bias, self.format, self.out_features, self.backend, self.compute)
 
     def extra_repr(self) -> str:
         mode = "" if self.compute == "exact" else f", compute={self.compute}"
@@ -87,7 +76,7 @@ class PackedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        self._bound = None
+        self._product.forget()
         before = {name: self.get_buffer(name) for name in self.format.kernel_names}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -110,7 +99,7 @@ class PackedLinear(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         """Refuse damaged buffers before they replace sound ones: kernels trust what the layer holds."""
-        self._bound = None
+        self._product.forget()
         own = self.format.buffer_names
         found = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
         if found:  # a part of a weight is checked beside what the layer keeps

@@ -73,16 +73,15 @@ def mangled(cuobjdump: str, library: Path) -> dict[str, str]:
 
 
 def shared_bytes(kernel: str) -> int:
-    """Shared memory that the launch asks for, as MatmulShape and MatmulTShape compute it."""
+    """The most shared memory that a launch asks for, as FewShape, MatmulShape and MatmulTShape compute it."""
     match = re.search(r"rows of (x|dy) (\d+)", kernel)
     assert match
-    rows = int(match[2])
-    if kernel.startswith("int4_rows"):
-        return 0
-    if kernel.startswith("matmul unstructured"):
-        slot = 16 * (16 if " float " in kernel else 4) + 16
-        return 3 * (rows * 256 + 64 * slot)
-    return (4 if match[1] == "x" and rows <= 16 else 3) * rows * 256
+    row_bytes = int(match[2]) * 256
+    slot = 0 if "unstructured" not in kernel or match[1] == "dy" else 16 * (16 if " float " in kernel else 4) + 16
+    if kernel.startswith("matmul_few"):
+        small = "dense" in kernel and "int8" not in kernel and "below" not in kernel
+        return (8 if small else 4) * (4 if small and match[2] == "8" else 3) * (row_bytes + 16 * slot)
+    return 3 * (row_bytes + 64 * slot)
 
 
 def usage(cuobjdump: str, library: Path) -> dict[str, dict[str, list[int]]]:

@@ -197,6 +197,27 @@ def test_bad_arguments_are_a_status_not_a_crash(library):
     assert "misaligned" in cuda._sentence(library, 1)
 
 
+@pytest.mark.parametrize("name", ["int4", "int3-asym", "sparse24-int4", "unstructured-bf16"])
+def test_a_bound_weight_gives_the_same_bits_and_leaves_what_it_cannot_do(library, monkeypatch, name):
+    monkeypatch.setattr(cuda, "_library", lambda: library)
+    monkeypatch.setattr(cuda, "_current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_current_stream", lambda index: 0)
+    left: list[int] = []
+    monkeypatch.setattr(cuda, "matmul", lambda x, *rest: left.append(len(x)) or forward(x, packed, rest[-1]))
+    packed, x, bias = problem(name, (40, 256), 20, torch.bfloat16)
+    run = cuda.bind(packed.tensors, packed.format, 40, 256)
+    for m in (1, 3, 16):
+        assert torch.equal(run(x[:m], bias), forward(x[:m], packed, bias)) and not left
+        assert torch.equal(run(x[:m][None], None)[0], forward(x[:m], packed)) and not left
+    for other in (x, x[:0], x.T.contiguous().T[:3], torch.cat([x[0, :1], x[:2].flatten()])[1:].view(2, 256)):
+        assert torch.equal(run(other, bias), forward(other, packed, bias))
+    assert left == [20, 0, 3, 2]
+    moved = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in packed.tensors]
+    assert torch.equal(cuda.bind(moved, packed.format, 40, 256)(x[:1], None), forward(x[:1], packed)) and left[4:] == [
+        1
+    ]
+
+
 def test_inputs_that_are_no_whole_tiles_are_refused():
     reason = cuda.no_kernel(parse_format("int4"), (8, 100), torch.float16, "forward")
     assert reason == "100 inputs are not a multiple of 128"

@@ -310,8 +310,7 @@ def test_plans_fit_the_format(name):
                 sizes = (plan.block_n, plan.block_k, max(plan.block_m, 1), plan.splits, plan.warps)
                 assert all(size & (size - 1) == 0 for size in sizes)
                 assert format.pattern != "unstructured" or plan.block_k == 128
-                outputs = n if direction == "forward" else k
-                assert plan.splits == 1 or plan.splits * m * outputs * 8 <= n * k * format.bits / 8
+                assert plan.splits == 1 or plan.splits * m <= 256
                 assert plan.kind != "decode" or plan.block_m == m <= 8
                 plain = default_plan(format, torch.float32, m, (n, k), direction, 132)
                 assert all((found.kind == "dense") == (m >= 128) for found in (plan, plain))

@@ -65,6 +65,9 @@ def test_candidates_keep_what_the_kernels_need(name):
         for m in (1, 4, 16, 64):
             rule = default_plan(format, BF16, m, SHAPE, direction, 132)
             found = list(warmup.candidates(rule, format, m, direction))
+            if rule.kind == "dense":
+                assert found == [rule]
+                continue
             assert found[0] == rule and len(set(found)) == len(found) > 5
             assert [plan.kind for plan in found].count("dense") == 1
             assert all(format.pattern != "unstructured" or plan.block_k == 128 for plan in found)

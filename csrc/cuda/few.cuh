@@ -1,9 +1,9 @@
 // y = x W^T + bias for up to 16 rows of x: the kernel that is bound by the bytes of the weight.
 //
-// A block owns a panel of 16 rows of W, and its warps share the sum over K: each takes every WARPS-th tile of 128 inputs,
-// alone with its own part of x in shared memory, so that nobody waits for another before the end, where the warps' sums
-// meet in shared memory. All of K stays in one block: no workspace, no second block to wait for. With the loads of DEPTH
-// tiles under way in every warp, 16 warps a multiprocessor keep the memory busy.
+// A block owns a panel of 16 rows of W, and its warps share the sum over K: each takes every WARPS-th tile of 128
+// inputs, alone with its own part of x in shared memory, so that nobody waits for another before the end, where the
+// warps' sums meet in shared memory. All of K stays in one block: no workspace, no second block to wait for. With the
+// loads of DEPTH tiles under way in every warp, 16 warps a multiprocessor keep the memory busy.
 #pragma once
 
 #include "matmul.cuh"
@@ -13,16 +13,17 @@ namespace ctp {
 template <class Tile, int NT>
 struct FewShape {
   static constexpr bool SLOTS = Tile::SLOT_BYTES > 0, SMALL = sizeof(Tile) < 64 && !SLOTS;
-  static constexpr int DEPTH = NT == 1 && SMALL ? 4 : 3;  // tiles under way, of W and of x
-  static constexpr int MOST_WARPS = SLOTS ? 4 : 8, BLOCKS = SMALL ? 2 : 1;  // a multiprocessor, for registers to hold
+  static constexpr int DEPTH = NT == 1 && SMALL ? 4 : 3;                    // tiles under way, of W and of x
+  static constexpr int MOST_WARPS = SMALL ? 8 : 4, BLOCKS = SMALL ? 2 : 1;  // a multiprocessor, for registers to hold
   static constexpr int ROWS = NT * 8, SUMS = ROWS * 16;                     // floats that a warp adds up
   static constexpr int X_BYTES = ROWS * ROW_BYTES, SLOTS_BYTES = 16 * Tile::SLOT_BYTES;
   static constexpr int STAGE_BYTES = X_BYTES + SLOTS_BYTES, WARP_BYTES = DEPTH * STAGE_BYTES;
   static_assert(SUMS * 4 <= WARP_BYTES, "the sums take the place of the stages");
 
-  // Measured on an H200: where the panels fill the multiprocessors once or twice, eight warps end sooner; where there are
-  // more, smaller blocks take each other's place more smoothly, as they do where eight warps need too many registers.
-  static int warps(int64_t panels, int multiprocessors) { return SMALL && panels <= 2 * multiprocessors ? 8 : 4; }
+  // Measured on an H200: where the panels fill the multiprocessors once or twice, eight warps end sooner; where there
+  // are more, smaller blocks take each other's place more smoothly, as they do where eight warps need too many
+  // registers.
+  static int warps(int64_t panels, int multiprocessors) { return panels <= 2 * multiprocessors ? MOST_WARPS : 4; }
 };
 
 // How a lane brings its part of x: pieces `PIECES` of a row to so many lanes, ROWS_A_TURN rows at once.
@@ -33,7 +34,8 @@ struct XCopies {
   int row, piece, rows;
   uint32_t turn_bytes;
 
-  __device__ __forceinline__ XCopies(const Activations& x, int m0, int lane) : row(lane / PIECES), piece(lane % PIECES) {
+  __device__ __forceinline__ XCopies(const Activations& x, int m0, int lane)
+      : row(lane / PIECES), piece(lane % PIECES) {
     rows = x.rows - m0;
     from = static_cast<const uint8_t*>(x.data) + ((m0 + row) * x.stride * 2 + piece * BYTES);
     turn_bytes = uint32_t(ROWS_A_TURN * x.stride * 2);
@@ -53,7 +55,8 @@ struct XCopies {
 
 // Writes what the warps of a block have added up for a panel: float `at` of each, in the order of their numbers.
 template <class Tile, int NT>
-__device__ __forceinline__ void store_panel(const MatmulCall& call, const unsigned char* sums, int warps, int n0, int m0) {
+__device__ __forceinline__ void store_panel(const MatmulCall& call, const unsigned char* sums, int warps, int n0,
+                                            int m0) {
   constexpr int SUMS = FewShape<Tile, NT>::SUMS;
   for (int at = int(threadIdx.x); at < SUMS; at += int(blockDim.x)) {
     float total = 0;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "../ctp.h"
 #include "few.cuh"
@@ -52,16 +51,6 @@ inline Weight device_weight(const ctp_weight& w, int unit) {
   return out;
 }
 
-#ifdef CTP_TUNE
-
-inline int tuned(const char* name, int otherwise) {
-  const char* found = getenv(name);
-  return found ? atoi(found) : otherwise;
-}
-#else
-inline int tuned(const char*, int otherwise) { return otherwise; }
-#endif
-
 // Of the current device; 0 where it does not say.
 inline int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
@@ -69,8 +58,9 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// How many blocks share the sum of one output tile, each for its part of the steps. Time goes in waves, of as many blocks
-// as run at once, and every block more costs its sum a trip through memory, about as long as a step (measured, H200).
+// How many blocks share the sum of one output tile, each for its part of the steps. Time goes in waves, of as many
+// blocks as run at once, and every block more costs its sum a trip through memory, about as long as a step (measured,
+// H200).
 inline int blocks_per_sum(const Problem& p, int64_t output_tiles, int steps, int64_t slice_bytes) {
   constexpr int BLOCKS = 2, MOST = 32;  // BLOCKS a multiprocessor: see __launch_bounds__
   if (p.counters == nullptr || p.partial == nullptr || output_tiles > MAX_SHARED_TILES) return 1;
@@ -98,7 +88,7 @@ int start(void (*kernel)(Call), const Call& call, dim3 grid, int threads, int sh
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && !tuned("CTP_NOPDL", 0) ? 1 : 0;
+  config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

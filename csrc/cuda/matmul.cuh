@@ -21,12 +21,11 @@ struct MatmulCall {
   int tiles_per_block;  // steps of 128 inputs
 };
 
-// sum += 16 PANELS rows of W, times NT * 8 rows of x, over the 128 inputs of a tile. `x`: the tile of x in shared memory;
-// `row(i)`: which row of it stands for row i. `sum`: fragments, panel by panel, 8 rows of x each.
+// sum += 16 PANELS rows of W, times NT * 8 rows of x, over the 128 inputs of a tile. `x`: the tile of x in shared
+// memory; `row(i)`: which row of it stands for row i. `sum`: fragments, panel by panel, 8 rows of x each.
 template <class Tile, int NT, int PANELS, class Stands>
 __device__ __forceinline__ void multiply(const Tile (&now)[PANELS], const unsigned char* x, const unsigned char* slots,
-                                         bool half_scales, int lane, const Stands& row,
-                                         float (&sum)[PANELS * NT][4]) {
+                                         bool half_scales, int lane, const Stands& row, float (&sum)[PANELS * NT][4]) {
   using T = typename Tile::Values::Type;
   constexpr int PARTS = Tile::PARTS;
   constexpr bool SCALED = Tile::Values::CODES;
@@ -102,8 +101,8 @@ __device__ __forceinline__ void multiply(const Tile (&now)[PANELS], const unsign
   if constexpr (PARTS == 1) scale_group(0);
 }
 
-// The two rows of W of lane (g, t) in the panel that begins with row `first`: beyond the last row they are the last one,
-// and never stored.
+// The two rows of W of lane (g, t) in the panel that begins with row `first`: beyond the last row they are the last
+// one, and never stored.
 template <class Tile>
 __device__ __forceinline__ void rows_of(const Weight& w, int first, int g, int t, Row (&rows)[2]) {
 #pragma unroll

@@ -160,8 +160,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
   const int k = k0 + int(threadIdx.x);
 #pragma unroll
   for (int m = 0; m < Shape::ROWS; ++m)
-    if (m0 + m < call.dy.rows)
-      store(static_cast<T*>(call.dx) + int64_t(m0 + m) * w.k + k, total[m / 4][m % 4]);
+    if (m0 + m < call.dy.rows) store(static_cast<T*>(call.dx) + int64_t(m0 + m) * w.k + k, total[m / 4][m % 4]);
 }
 
 }  // namespace ctp

@@ -63,7 +63,7 @@ __device__ __forceinline__ Row row_at(const Weight& w, int row) {
 // A scale as it is stored: turned into a number where it is used, since that waits for the memory.
 __device__ __forceinline__ uint32_t scale_bits(const Weight& w, const Row& row, int group) {
   const uint8_t* at = further(row.scales, group, w.half_scales ? 2 : 4);
-  return w.half_scales ? *reinterpret_cast<const uint16_t*>(at) : *reinterpret_cast<const uint32_t*>(at);
+  return w.half_scales ? ptx::load_global<uint16_t>(at) : ptx::load_global<uint32_t>(at);
 }
 __device__ __forceinline__ float scale_of(bool half_scales, uint32_t bits) {
   return half_scales ? __half2float(__ushort_as_half(uint16_t(bits))) : __uint_as_float(bits);
@@ -71,7 +71,7 @@ __device__ __forceinline__ float scale_of(bool half_scales, uint32_t bits) {
 template <class V>
 __device__ __forceinline__ uint32_t zero_at(const Weight& w, const Row& row, int group) {
   if (!V::CODES || w.zeros == nullptr) return V::MIDDLE;
-  return *further(row.zeros, group, 1);
+  return ptx::load_global<uint8_t>(further(row.zeros, group, 1));
 }
 
 // Two stored numbers to two neighbouring inputs of which `bits` (two bits) say who is stored: the rest is zero.
@@ -359,8 +359,7 @@ struct DenseSpan {
     load_bytes<2 * V::LOW_BYTES>(row.low + octet * V::LOW_BYTES, low);
     if constexpr (V::HIGH_BYTES) load_bytes<2 * V::HIGH_BYTES>(row.high + octet * V::HIGH_BYTES, high);
   }
-  __device__ __forceinline__ void octet(const Weight&, int i, int, typename V::Zero zero,
-                                        uint32_t (&out)[4]) const {
+  __device__ __forceinline__ void octet(const Weight&, int i, int, typename V::Zero zero, uint32_t (&out)[4]) const {
     V::decode(low, high, i, zero, out);
   }
 };
@@ -378,8 +377,7 @@ struct Sparse24Span {
     if constexpr (V::HIGH_BYTES) load_bytes<V::HIGH_BYTES>(row.high + octet * V::HIGH_BYTES, high);
     load_bytes<2>(row.mask + k0 / 8 + 2 * g, mask);
   }
-  __device__ __forceinline__ void octet(const Weight&, int i, int, typename V::Zero zero,
-                                        uint32_t (&out)[4]) const {
+  __device__ __forceinline__ void octet(const Weight&, int i, int, typename V::Zero zero, uint32_t (&out)[4]) const {
     uint32_t pairs[4];
     V::decode(low, high, 0, zero, pairs);
     scatter4(pairs[2 * i], 0, mask[0] >> 8 * i & 15, out[0], out[1]);

@@ -82,6 +82,12 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
   return v;
 }
 
+// Less than that. (A pointer out of `keep` says no more that it is one to global memory; this does.)
+template <typename V>
+__device__ __forceinline__ V load_global(const void* global) {
+  return __ldg(static_cast<const V*>(global));
+}
+
 template <typename T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 #define CTP_MMA(TYPE, NAME)                                                                                    \

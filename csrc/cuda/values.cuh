@@ -52,15 +52,15 @@ __device__ __forceinline__ void load_bytes(const uint8_t* from, uint32_t (&words
       words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
   } else if constexpr (BYTES == 8) {
-    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    const uint2 v = ptx::load_global<uint2>(from);
     words[0] = v.x, words[1] = v.y;
   } else if constexpr (BYTES == 4) {
-    words[0] = *reinterpret_cast<const uint32_t*>(from);
+    words[0] = ptx::load_global<uint32_t>(from);
   } else if constexpr (BYTES == 2) {
-    words[0] = *reinterpret_cast<const uint16_t*>(from);
+    words[0] = ptx::load_global<uint16_t>(from);
   } else {
     static_assert(BYTES == 1, "a power of two");
-    words[0] = *from;
+    words[0] = ptx::load_global<uint8_t>(from);
   }
 }
 

@@ -127,6 +127,10 @@ inline void ldmatrix_x4(const void* row, uint32_t (&out)[4], int line = __builti
 }
 
 inline uint4 load_once(const void* global) { return *static_cast<const uint4*>(global); }
+template <typename V>
+V load_global(const void* global) {
+  return *static_cast<const V*>(global);
+}
 
 template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 
@@ -21,6 +22,10 @@ _VALUES = {
     "unstructured": ("int4", "same"),
 }
 _TENSOR_CORE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+#: torch.cuda.current_device and current_stream().cuda_stream in a tenth of their time; a PyTorch without CUDA has none.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None)  # type: ignore[assignment]
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
 _PLANES = ("values", "codes", "codes_hi", "mask")
 
@@ -108,6 +113,31 @@ def matmul(
         stream = torch.cuda.current_stream().cuda_stream
         workspace = None if len(x) <= _FEW_ROWS else _workspace(library, x.device, stream)
         return launch(library, x, tensors, format, n, bias, stream, workspace)
+
+
+def bind(
+    tensors: Sequence[torch.Tensor], format: Format, n: int, k: int, compute: str = "exact"
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """(x (..., K), bias) -> y (..., N), as `matmul`: what depends on the weight alone is found once."""
+    library, device, aligned = _loaded(), tensors[0].device, _aligned(tensors, format)
+    weight, call, index = weight_of(tensors, format, n, k, device), library.ctp_cuda_matmul, device.index or 0
+    as_it_is = all(a is b for a, b in zip(aligned, tensors, strict=True))
+
+    def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        *rows, _ = x.shape
+        m = prod(rows)
+        straight = as_it_is and 0 < m <= _FEW_ROWS and x.is_contiguous() and x.data_ptr() % 16 == 0
+        if not straight or _current_device() != index:
+            return matmul(x.reshape(m, k), tensors, format, n, bias).view(*rows, n)
+        bias, bias_pointer = bias_for(bias, n, x.dtype)
+        y = x.new_empty((*rows, n))
+        stream = _current_stream(index)
+        status = call(weight, x.data_ptr(), k, m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], None, None, 0, stream)
+        if status:
+            raise CTPError(f"the CUDA kernel for {format} failed: {_sentence(library, status)}")
+        return y
+
+    return run
 
 
 def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, k: int) -> torch.Tensor:
@@ -222,7 +252,7 @@ def launch_t(
 
 
 def _aligned(tensors: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:
-    """The buffers, with each plane on 16 bytes: a slice of a fused weight that begins elsewhere is copied every time."""
+    """The buffers, each plane on 16 bytes: a slice of a fused weight that begins elsewhere is copied every time."""
     named = zip(format.kernel_names, tensors, strict=True)
     return [t.clone() if name in _PLANES and t.data_ptr() % 16 else t for name, t in named]
 

@@ -107,7 +107,7 @@ def default_plan(
         return dense_plan(format)
     else:
         plan = _forward_tiles(format, shape[1], m) if direction == "forward" else _backward_tiles(m)
-    return with_splits(plan, format, m, shape, direction, multiprocessors)
+    return with_splits(plan, m, shape, direction, multiprocessors)
 
 
 def _dense_is_faster(format: Format, dtype: torch.dtype, m: int, direction: str) -> bool:
@@ -153,20 +153,16 @@ def _backward_tiles(m: int) -> Plan:
     return Plan("tile", 128, max(m, 16), TILE, warps=8, stages=4)
 
 
-def with_splits(
-    plan: Plan, format: Format, m: int, shape: tuple[int, int], direction: str, multiprocessors: int
-) -> Plan:
+def with_splits(plan: Plan, m: int, shape: tuple[int, int], direction: str, multiprocessors: int) -> Plan:
     """Cut the reduction until each multiprocessor has work for its warps (16 of `decode_kernel`, which has nothing
     else to hide the memory's latency with, 8 of the others), while the partial sums that are written and read again
-    are fewer bytes than the weight's (measured on an H200: eight pieces at 16 rows of int4, four at 64)."""
+    stay few: at most 256 rows of them (measured on an H200: eight pieces at 16 and 32 rows of dX, four at 64)."""
     n, k = shape
     outputs, reduced = (n, k) if direction == "forward" else (k, n)
     out_block, block = (plan.block_n, plan.block_k) if direction == "forward" else (plan.block_k, plan.block_n)
     programs = -(-outputs // out_block) * -(-m // plan.block_m)
-    density = 1.0 if format.pattern == "dense" else 0.5
-    room = reduced * format.bits * density / 8 / (8 * m)
     wanted = (16 if plan.kind == "decode" else 8) * multiprocessors
     splits = 1
-    while programs * plan.warps * splits < wanted and 2 * splits <= min(room, -(-reduced // block), _MOST_SPLITS):
+    while programs * plan.warps * splits < wanted and 2 * splits <= min(256 // m, -(-reduced // block), _MOST_SPLITS):
         splits *= 2
     return replace(plan, splits=splits)
