@@ -159,9 +159,14 @@ def cases() -> list[tuple[str, str, int, str, int]]:
     found.append(("sparse24-int8", "bf16", 16, "forward", 80))
     for name in ("int4-asym", "unstructured-int3-asym", "fp16", "int3-g8"):
         found += [(name, "fp16", 16, direction, 90) for direction in ("forward", "backward")]
-    for name in ("int4-asym", "sparse24-int4", "unstructured-fp32"):
-        found += [(name, "fp32", 16, direction, 80) for direction in ("forward", "backward")]
-    return found
+    found += [(name, "fp32", 1, "forward", 80) for name in ("int4-asym", "sparse24-int4", "unstructured-fp32")]
+    return [case for case in found if _has_tiles(case)]
+
+
+def _has_tiles(case: tuple[str, str, int, str, int]) -> bool:
+    """Whether the rule does not leave the case to the dense product."""
+    name, dtype, m, direction, _ = case
+    return direction == "dequantize" or plan_of(parse_format(name), DTYPES[dtype], m, direction).kind != "dense"
 
 
 def every_case(dtype: str, gpu: int) -> list[tuple[str, str, int, str, int]]:
@@ -169,7 +174,8 @@ def every_case(dtype: str, gpu: int) -> list[tuple[str, str, int, str, int]]:
     names = [name for name, format in TABLE.items() if format.quantized or format.values == dtype]
     names += [f"{name}-asym" for name in names if parse_format(name).quantized]
     rows = {"forward": (1, 2, 16, 32, 64), "backward": (16, 32, 64), "dequantize": (1024,)}
-    return [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
+    found = [(name, dtype, m, way, gpu) for name in names for way, counts in rows.items() for m in counts]
+    return [case for case in found if _has_tiles(case)]
 
 
 def label(case: tuple[str, str, int, str, int]) -> str:

@@ -106,7 +106,7 @@ def default_plan(
     elif m >= DENSE_FROM_ROWS or _dense_is_faster(format, dtype, m, direction):
         return dense_plan(format)
     else:
-        plan = _forward_tiles(format, shape[1], m) if direction == "forward" else _backward_tiles(m)
+        plan = _forward_tiles(format, shape[1], m) if direction == "forward" else _backward_tiles(format, m)
     return with_splits(plan, m, shape, direction, multiprocessors)
 
 
@@ -148,9 +148,13 @@ def _decode_tiles(format: Format, m: int) -> Plan:
     return Plan("decode", 4, m, wide, warps=1, stages=1)
 
 
-def _backward_tiles(m: int) -> Plan:
-    """Measured on an H200 at 16, 32 and 64 rows, all kinds of values."""
-    return Plan("tile", 128, max(m, 16), TILE, warps=8, stages=4)
+def _backward_tiles(format: Format, m: int) -> Plan:
+    """Measured on an H200 at 16, 32 and 64 rows, with three and four stages: as many as fit into 99 KB, which is what a
+    block may have on sm_86 and sm_89."""
+    block_m = max(m, 16)
+    entries = 128 * TILE // (2 if format.pattern == "sparse24" else 1)
+    stage = entries * format.bits // 8 + 2 * 128 * block_m  # bytes: a tile of W, one of dy
+    return Plan("tile", 128, block_m, TILE, warps=8, stages=max(2, min(4, 90 * 1024 // stage)))
 
 
 def with_splits(plan: Plan, m: int, shape: tuple[int, int], direction: str, multiprocessors: int) -> Plan:
