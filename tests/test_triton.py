@@ -20,7 +20,7 @@ import torch
 
 from ctp_kernels import FORMATS, CTPError, PackedLinear, PackedWeight, pack, parse_format
 from ctp_kernels.backends import triton as backend
-from ctp_kernels.backends.triton.plan import Plan, default_plan, dense_plan, plan_for, row_class
+from ctp_kernels.backends.triton.plan import Plan, default_plan, dense_plan, plan_for, row_class, widens
 from tests.helpers import weight_for
 
 pytest.importorskip("triton")
@@ -312,8 +312,17 @@ def test_plans_fit_the_format(name):
                 assert format.pattern != "unstructured" or plan.block_k == 128
                 assert plan.splits == 1 or plan.splits * m <= 256
                 assert plan.kind != "decode" or plan.block_m == m <= 8
-                plain = default_plan(format, torch.float32, m, (n, k), direction, 132)
-                assert all((found.kind == "dense") == (m >= 128) for found in (plan, plain))
+                for dtype in (torch.float16, torch.float32):
+                    found = default_plan(format, dtype, m, (n, k), direction, 132)
+                    assert (found.kind == "dense") == goes_dense(format, dtype, m, direction)
+
+
+def goes_dense(format, dtype, m, direction):
+    if direction == "forward" and m <= 2:
+        return False
+    if format.pattern == "unstructured" and m > (32 if direction == "forward" else 0 if format.quantized else 16):
+        return True
+    return m >= 128 or dtype == torch.float32 or widens(format, dtype)
 
 
 @pytest.mark.gpu
