@@ -39,7 +39,8 @@ gpu:
 	$(PYTHON) -m ctp_kernels._build
 	$(PYTHON) -m pytest tests -m gpu
 	if command -v compute-sanitizer; then \
-		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/test_triton.py -m gpu -k test_on_a_gpu; \
+		compute-sanitizer --error-exitcode 1 \
+			$(PYTHON) -m pytest tests/test_cuda.py tests/test_triton.py -m gpu -k "test_on_a_gpu and not layer"; \
 	else echo "compute-sanitizer is not installed: memory checks skipped"; fi
 	$(PYTHON) -m pytest bench/ --benchmark -m gpu
 

@@ -251,13 +251,13 @@ def explain(
 @command
 def warmup(
     model: Model,
-    rows: Annotated[str | None, typer.Option(help="row counts, separated by commas (default: 1 to 1024)")] = None,
+    rows: Annotated[str | None, typer.Option(help="row counts, separated by commas (default: 1 to 128)")] = None,
     dtype: Annotated[str, typer.Option(help="of the activations: bfloat16, float16 or float32")] = "bfloat16",
     tune: Annotated[bool, typer.Option(help="also time other tiles, and keep the best for this GPU")] = False,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
-    """Compile every GPU kernel that a packed model needs, so that no first token waits for a compiler."""
+    """Compile every Triton kernel that a packed model needs, so that no first token waits for a compiler."""
     from ctp.jobs import warm_up_model
 
     result = warm_up_model(model, rows=rows, dtype=dtype, tune=tune)

@@ -68,6 +68,8 @@ class FusedGroup:
         Where the parts differ (in the midst of a `.to()`, of which each part hears in turn) they run alone.
         """
         self._pending = None
+        for product in (self._product, *(part._product for part in self.parts)):
+            product.forget()  # what they were bound to keeps memory
         if not _alike(self.parts):
             self.tensors = None
             return

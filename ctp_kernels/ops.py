@@ -30,7 +30,7 @@ _LIB.define("matmul_t(Tensor dy, Tensor[] packed, str format, int k, str backend
 def _kernel(
     format: Format, shape: tuple[int, int], x: torch.Tensor, direction: str, backend: str, compute: str = "exact"
 ) -> Callable[..., torch.Tensor]:
-    rows = row_class(x.numel() // x.shape[-1]) if x.is_cuda and x.shape[-1] else None
+    rows = row_class(x.numel() // max(x.shape[-1], 1))
     module = load(choose(format, shape, x.dtype, x.device.type, direction, backend, compute, rows).backend)
     return module.matmul if direction == "forward" else module.matmul_t
 
@@ -130,17 +130,19 @@ def bind(
     and 6 us on a GPU.
     """
     k = x.shape[-1]
-    module = load(choose(format, (n, k), x.dtype, x.device.type, "forward", backend, compute).backend)
+    asked = (format, (n, k), x.dtype, x.device.type, "forward", backend, compute)
+    name = choose(*asked).backend
+    module = load(name)
 
     def unbound(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return _matmul(x, packed, bias, format.name, n, backend, compute)
 
-    if not hasattr(module, "bind"):
-        return unbound
+    if not hasattr(module, "bind") or any(tensor.device != x.device for tensor in packed):
+        return unbound  # which says it where devices differ
     run = module.bind(packed, format, n, k, compute)
-    if backend != "auto" or not hasattr(module, "slower"):
+    if not hasattr(module, "slower"):
         return run
-    return lambda x, bias: (unbound if module.slower(format, x.numel() // k, "forward") else run)(x, bias)
+    return lambda x, bias: (run if choose(*asked, row_class(x.numel() // k)).backend == name else unbound)(x, bias)
 
 
 class Product:
@@ -150,9 +152,8 @@ class Product:
         self.forget()
 
     def forget(self) -> None:
-        self._kept: tuple | None = None
-        self._run: Callable[..., torch.Tensor] | None = None
-        self._tensors: list[torch.Tensor] | None = None  # so that the addresses in `_kept` stay theirs
+        #: What it was bound for, the kernel, and the tensors, so that their addresses stay theirs.
+        self._bound: tuple[tuple, Callable[..., torch.Tensor], list[torch.Tensor]] | None = None
 
     def __call__(
         self,
@@ -167,10 +168,10 @@ class Product:
         if not quiet(x):
             return torch.ops.ctp.matmul(x, tensors, bias, format.name, n, backend, compute)
         kept = (x.dtype, x.device, format, backend, compute, *[t.data_ptr() for t in tensors])
-        if self._run is None or self._kept != kept:
-            self._run = bind(x, tensors, format, n, backend, compute)
-            self._kept, self._tensors = kept, tensors
-        return self._run(x, bias)
+        bound = self._bound  # one look: another thread may bind it to something else
+        if bound is None or bound[0] != kept:
+            bound = self._bound = kept, bind(x, tensors, format, n, backend, compute), tensors
+        return bound[1](x, bias)
 
     def __reduce__(self) -> tuple:
         return Product, ()  # a copy of a layer binds anew

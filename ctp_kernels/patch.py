@@ -201,8 +201,8 @@ def explain(
     """Which backend each packed layer runs on, forward and backward, for activations of `dtype`.
 
     `dtype` defaults to that of the model's first floating parameter, or else of the layer, `device` ("cpu" or "cuda",
-    which need not be there) to where the layers lie. `rows`: numbers of rows of x for which to say how the backend
-    runs them.
+    which need not be there: then by what needs no GPU to decide) to where the layers lie. `rows`: numbers of rows of x
+    for which to say which backend runs them, and how; the backends named for a layer are those of one row.
     """
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -217,7 +217,7 @@ def explain(
             for direction in ("forward", "backward"):
                 where = device or layer.packed.tensors[0].device.type
                 compute = layer.compute if direction == "forward" else "exact"
-                choice = choose(layer.format, shape, activations, where, direction, layer.backend, compute)
+                choice = choose(layer.format, shape, activations, where, direction, layer.backend, compute, 1)
                 row[direction], row["why_" + direction] = choice.backend, choice.why
                 row["plan_" + direction] = {}
                 for m in rows:

@@ -88,7 +88,7 @@ def test_without_a_gpu_it_says_so(command):
 def test_explain_for_a_gpu(folders):
     pytest.importorskip("triton")
     planned = ctp("explain", folders / "packed", "--device", "cuda", "--rows", "1,2048")
-    assert "forward, 1 rows: decode" in planned and "backward, 2048 rows: dequantise" in planned
+    assert "forward, 1 rows: triton: decode" in planned and "backward, 2048 rows: triton: dequantise" in planned
 
 
 @needs_opt

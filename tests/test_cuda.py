@@ -71,8 +71,8 @@ def test_one_hot_rows_return_the_decoded_weight_bit_for_bit(library, name, rows,
 
 @pytest.mark.parametrize("name", ["int4", "int3-asym", "sparse24-int4", "sparse24-bf16", "unstructured-int4"])
 def test_the_order_of_warps_and_blocks_changes_no_bit(library, name):
-    packed, x, bias = problem(name, (72, 2048), 6, torch.bfloat16)
-    dy = torch.randn(6, 72).bfloat16()
+    packed, x, bias = problem(name, (520, 2048), 20, torch.bfloat16)
+    dy = torch.randn(20, 520).bfloat16()
     forwards, backwards = forward(x, packed, bias), backward(dy, packed)
     library.ctp_emulator_configure(0, 1, 4)
     try:
@@ -87,7 +87,7 @@ def test_the_order_of_warps_and_blocks_changes_no_bit(library, name):
 def test_any_number_of_blocks_may_share_a_sum(library, name, multiprocessors):
     library.ctp_emulator_configure(0, 0, multiprocessors)
     try:
-        packed, x, _ = problem(name, (70, 1920), 2, torch.float16)
+        packed, x, _ = problem(name, (70, 1920), 20, torch.float16)
         assert_right(forward(x, packed), x, packed)
         packed, dy, _ = problem(name, (1984, 128), 2, torch.float16, "backward")
         assert_right_t(backward(dy, packed), dy, packed)
@@ -220,7 +220,17 @@ def test_a_bound_weight_gives_the_same_bits_and_leaves_what_it_cannot_do(library
 
 def test_inputs_that_are_no_whole_tiles_are_refused():
     reason = cuda.no_kernel(parse_format("int4"), (8, 100), torch.float16, "forward")
-    assert reason == "100 inputs are not a multiple of 128"
+    assert reason == "100 inputs are not a multiple of 128, or more than 2^20"
+    assert cuda.no_kernel(parse_format("int4"), (8, 2**20 + 128), torch.float16, "forward") is not None
+
+
+@pytest.mark.parametrize("capability,runs", [((8, 9), True), ((9, 0), True), ((7, 5), False), ((10, 0), False)])
+def test_a_gpu_without_code_in_the_library_is_refused(monkeypatch, library, capability, runs):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(cuda, "_library", lambda: library)
+    reason = cuda.unsupported(parse_format("int4"), (8, 128), torch.float16, torch.device("cuda"), "forward")
+    assert (reason is None) == runs and (runs or "compute capability" in str(reason))
 
 
 @pytest.mark.parametrize("rows,expected", [(1, "cuda"), (64, "cuda"), (128, "triton")])
@@ -308,12 +318,17 @@ def test_on_a_gpu_against_the_unpacked_weight(name, shape, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_graph_gives_the_same_bits():
-    packed, x, _ = problem("int4", (4096, 4096), 4, torch.float16)
+    packed, x, _ = problem("int4", (4096, 4096), 40, torch.float16)
     packed, x = packed.to("cuda"), x.cuda()
-    eager = cuda.matmul(x, packed.tensors, packed.format, 4096, None)
+
+    def run():
+        y = [cuda.matmul(x[:m], packed.tensors, packed.format, 4096, None) for m in (4, 40)]
+        return torch.cat([*y, cuda.matmul_t(x, packed.tensors, packed.format, 4096)])
+
+    eager = run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda.matmul(x, packed.tensors, packed.format, 4096, None)
+        captured = run()
     for _ in range(3):
         captured.zero_()
         graph.replay()

@@ -151,6 +151,24 @@ def test_a_bound_layer_is_copied_and_saved_without_what_it_is_bound_to():
     assert torch.equal(torch.load(saved, weights_only=False)(x), expected)
 
 
+@torch.no_grad()
+def test_a_bound_layer_runs_another_backend_where_its_own_is_slower(monkeypatch):
+    from ctp_kernels.backends import choose, cpu, reference, triton
+
+    seen: list[int] = []
+    monkeypatch.setattr(cpu, "slower", lambda format, rows, direction: "many" if rows > 2 else None, raising=False)
+    monkeypatch.setattr(triton, "unsupported", lambda *arguments: None)
+    monkeypatch.setattr(triton, "matmul", lambda x, *rest: seen.append(len(x)) or reference.matmul(x, *rest))
+    choose.cache_clear()
+    try:
+        layer = layer_for("int4")
+        for rows in (1, 2, 5, 2):
+            layer(torch.randn(rows, 172))
+    finally:
+        choose.cache_clear()
+    assert seen == [5]
+
+
 def test_a_weight_on_another_device_is_refused():
     layer = layer_for("int4")
     x = torch.randn(3, 172)

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from ctp_kernels import FORMATS, CTPError, PackedLinear, PackedWeight, pack, parse_format
+from ctp_kernels.backends import row_class
 from ctp_kernels.backends import triton as backend
-from ctp_kernels.backends.triton.plan import Plan, default_plan, dense_plan, plan_for, row_class, widens
+from ctp_kernels.backends.triton.plan import Plan, default_plan, dense_plan, plan_for, widens
 from tests.helpers import weight_for
 
 pytest.importorskip("triton")

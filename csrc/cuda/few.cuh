@@ -12,7 +12,7 @@ namespace ctp {
 
 template <class Tile, int NT>
 struct FewShape {
-  static constexpr bool SLOTS = Tile::SLOT_BYTES > 0, SMALL = sizeof(Tile) < 64 && !SLOTS;
+  static constexpr bool SMALL = sizeof(Tile) < 64 && Tile::SLOT_BYTES == 0;
   static constexpr int DEPTH = NT == 1 && SMALL ? 4 : 3;                    // tiles under way, of W and of x
   static constexpr int MOST_WARPS = SMALL ? 8 : 4, BLOCKS = SMALL ? 2 : 1;  // a multiprocessor, for registers to hold
   static constexpr int ROWS = NT * 8, SUMS = ROWS * 16;                     // floats that a warp adds up
@@ -34,10 +34,9 @@ struct XCopies {
   int row, piece, rows;
   uint32_t turn_bytes;
 
-  __device__ __forceinline__ XCopies(const Activations& x, int m0, int lane)
-      : row(lane / PIECES), piece(lane % PIECES) {
-    rows = x.rows - m0;
-    from = static_cast<const uint8_t*>(x.data) + ((m0 + row) * x.stride * 2 + piece * BYTES);
+  __device__ __forceinline__ XCopies(const Activations& x, int lane) : row(lane / PIECES), piece(lane % PIECES) {
+    rows = x.rows;
+    from = static_cast<const uint8_t*>(x.data) + (row * x.stride * 2 + piece * BYTES);
     turn_bytes = uint32_t(ROWS_A_TURN * x.stride * 2);
     ptx::keep(from);
   }
@@ -48,22 +47,20 @@ struct XCopies {
       const int now = turn * ROWS_A_TURN + row;
       if (now < rows)
         ptx::copy_async<BYTES>(to + (BYTES == 16 ? dense_place(now, piece) : sparse_place(now, piece)),
-                               further(at, turn, int(turn_bytes)), BYTES);
+                               further(at, turn, turn_bytes), BYTES);
     }
   }
 };
 
 // Writes what the warps of a block have added up for a panel: float `at` of each, in the order of their numbers.
 template <class Tile, int NT>
-__device__ __forceinline__ void store_panel(const MatmulCall& call, const unsigned char* sums, int warps, int n0,
-                                            int m0) {
+__device__ __forceinline__ void store_panel(const MatmulCall& call, const unsigned char* sums, int warps, int n0) {
   constexpr int SUMS = FewShape<Tile, NT>::SUMS;
   for (int at = int(threadIdx.x); at < SUMS; at += int(blockDim.x)) {
     float total = 0;
     for (int warp = 0; warp < warps; ++warp) total += ptx::load_shared<float>(sums + 4 * (warp * SUMS + at));
     const int lane = at % ALL_LANES, i = at / ALL_LANES % 4, nt = at / ALL_LANES / 4;
-    store_with_bias<typename Tile::Values::Type>(call, m0 + 8 * nt + lane % 4 * 2 + i % 2, n0 + lane / 4 + i / 2 * 8,
-                                                 total);
+    store_with_bias<typename Tile::Values::Type>(call, 8 * nt + lane % 4 * 2 + i % 2, n0 + lane / 4 + i / 2 * 8, total);
   }
 }
 template <int NT>
@@ -82,7 +79,7 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
   const Weight& w = call.w;
   const int lane = int(threadIdx.x) % ALL_LANES, warp = int(threadIdx.x) / ALL_LANES, g = lane / 4, t = lane % 4;
   const int warps = int(blockDim.x) / ALL_LANES, tiles = w.k / TILE_K;
-  const int n0 = int(blockIdx.x) * 16, m0 = int(blockIdx.y) * Shape::ROWS;
+  const int n0 = int(blockIdx.x) * 16;
   unsigned char* const stages = ptx::shared_memory() + warp * Shape::WARP_BYTES;
 
   ptx::wait_for_previous();
@@ -93,7 +90,7 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
   for (int ahead = 0; ahead < DEPTH; ++ahead)
     if (warp + ahead * warps < tiles) weights[ahead][0].load(w, rows, warp + ahead * warps);
 
-  const XCopies<Tile, NT> copies(call.x, m0, lane);
+  const XCopies<Tile, NT> copies(call.x, lane);
   EntryCopies<Tile> entries;
   if constexpr (Tile::SLOT_BYTES) entries.begin(w, n0, lane, warp);
   const auto fill_stage = [&](int tile, unsigned char* to) {
@@ -130,7 +127,7 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
   unsigned char* const sums = ptx::shared_memory();
   keep_sums(sum, sums + warp * Shape::SUMS * 4, lane);
   ptx::sync_threads();
-  store_panel<Tile, NT>(call, sums, warps, n0, m0);
+  store_panel<Tile, NT>(call, sums, warps, n0);
 }
 
 }  // namespace ctp

@@ -133,15 +133,14 @@ template <class Tile, int NT>
 int launch_few(const Problem& p) {
   using Shape = FewShape<Tile, NT>;
   static_assert(Shape::MOST_WARPS * Shape::WARP_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
-  return in_chunks<Shape::ROWS>(p, [&](const void* x, int m, void* y) {
-    MatmulCall call = {};
-    call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
-    call.x = {x, p.ldx, m, int(p.w->k)};
-    call.bias = p.bias, call.y = y;
-    const dim3 grid(unsigned((p.w->n + 15) / 16), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
-    const int warps = Shape::warps(grid.x, attribute(cudaDevAttrMultiProcessorCount));
-    return start(matmul_few<Tile, NT>, call, grid, warps * ALL_LANES, warps * Shape::WARP_BYTES, p.stream);
-  });
+  MatmulCall call = {};
+  call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
+  call.x = {p.x, p.ldx, int(p.m), int(p.w->k)};
+  call.bias = p.bias, call.y = p.y;
+  const int panels = int((p.w->n + 15) / 16);
+  const int warps = Shape::warps(panels, attribute(cudaDevAttrMultiProcessorCount));
+  return start(matmul_few<Tile, NT>, call, dim3(unsigned(panels)), warps * ALL_LANES, warps * Shape::WARP_BYTES,
+               p.stream);
 }
 
 template <class Span, int NT>

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul(const MatmulCall call) {
   if constexpr (Tile::SLOT_BYTES) entries.begin(w, n0, lane, begin);
   const auto fill_stage = [&](int tile) {
     if (tile < end) {
-      stage<Shape::ROWS, Tile::SPARSE_MMA ? 8 : 16, THREADS>(call.x, m0, tile * TILE_K, stage_at(tile), threadIdx.x);
+      stage<Shape::ROWS, Tile::SPARSE_MMA ? 8 : 16>(call.x, m0, tile * TILE_K, stage_at(tile));
       if constexpr (Tile::SLOT_BYTES)
         entries.copy(w, tile, 1, lane, stage_at(tile) + Shape::X_BYTES + warp * Shape::SLOTS_BYTES);
     }

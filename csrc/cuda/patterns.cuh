@@ -24,7 +24,7 @@ struct Weight {
   const int32_t *row_offsets, *tile_offsets;
   const void* scales;
   int n, k, row_octets, mask_octets, groups;
-  uint32_t group_magic;  // 2^32 / (units of inputs a group), rounded up; 0 for one unit a group
+  uint32_t group_magic;  // 2^32 / (units of inputs a group), and one more than its whole part; 0 for one unit a group
   bool half_scales;
 };
 
@@ -36,20 +36,19 @@ __device__ __forceinline__ int group_of(const Weight& w, int unit) {
 struct Row {
   const uint8_t *low, *high, *mask, *scales, *zeros;
   const int32_t* offsets;  // unstructured: how many entries before each tile, n rows apart
-  int first;               // and the number of its first entry, in the low bits
+  int octet;               // and the octet in which its entries begin
 };
 // `piece` times `bytes` further on: one instruction.
-__device__ __forceinline__ const uint8_t* further(const void* from, int piece, int bytes) {
-  return static_cast<const uint8_t*>(from) + uint64_t(uint32_t(piece)) * uint32_t(bytes);
+__device__ __forceinline__ const uint8_t* further(const void* from, int piece, uint32_t bytes) {
+  return static_cast<const uint8_t*>(from) + uint64_t(uint32_t(piece)) * bytes;
 }
 template <class V>
 __device__ __forceinline__ Row row_at(const Weight& w, int row) {
   Row out = {};
-  if (w.row_offsets != nullptr) {
-    out.offsets = w.tile_offsets + row, out.first = 8 * w.row_offsets[row];
-  } else {
+  if (w.row_offsets != nullptr)
+    out.offsets = w.tile_offsets + row, out.octet = w.row_offsets[row];
+  else
     out.low = further(w.low, row, w.row_octets * V::LOW_BYTES);
-  }
   if (V::HIGH_BYTES) out.high = further(w.high, row, w.row_octets * V::HIGH_BYTES);
   if (w.mask != nullptr) out.mask = further(w.mask, row, w.mask_octets);
   if (V::CODES) {
@@ -87,7 +86,7 @@ __device__ __forceinline__ void scatter4(uint32_t stored01, uint32_t stored23, u
 
 // Places of the two bits in each nibble of `quads`: the lower place in bits 0-1, the higher in bits 2-3, as mma.sp
 // wants them. With bits m0..m3 of a nibble: lower = m0 ? 0 : m1 ? 1 : 2, higher = m3 ? 3 : m2 ? 2 : 1. An empty nibble
-// (beyond K, where values and x are zero) reads as 2 and 3: places must rise.
+// reads as 2 and 3: places must rise.
 __device__ __forceinline__ uint32_t places(uint32_t quads) {
   const uint32_t up = quads << 1, down = quads >> 1, last = ~up & ~quads & 0x22222222u;
   return (down & ~quads & 0x11111111u) | last | ((down | ~quads) & 0x44444444u) |
@@ -118,7 +117,7 @@ struct GroupTile {
 template <class V, int PARTS_>
 struct DenseTile {
   using Values = V;
-  static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, MASK_OCTETS = 0, SLOT_BYTES = 0;
+  static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, SLOT_BYTES = 0;
   static constexpr bool SPARSE_MMA = false;
   uint32_t low[2][V::LOW_BYTES], high[2][1];
   GroupTile<V, PARTS> groups;
@@ -172,7 +171,7 @@ struct DenseTile {
 template <class V>
 struct Sparse24Tile {
   using Values = V;
-  static constexpr int PARTS = 1, OCTETS = 2, MASK_OCTETS = 16, SLOT_BYTES = 0;
+  static constexpr int PARTS = 1, OCTETS = 2, SLOT_BYTES = 0;
   static constexpr bool SPARSE_MMA = true;
   uint32_t low[2][V::LOW_BYTES / 2], high[2][1], mask[2][4];
   GroupTile<V, 1> groups;
@@ -275,7 +274,7 @@ __device__ __forceinline__ int ones_before(const uint32_t (&mask)[4], int word) 
 template <class V>
 struct UnstructuredTile {
   using Values = V;
-  static constexpr int PARTS = 1, OCTETS = 0, MASK_OCTETS = 16;
+  static constexpr int PARTS = 1;
   static constexpr bool SPARSE_MMA = false;
   static constexpr int PIECE = 128 / V::LOW_BYTES;  // entries in 16 bytes
   static constexpr int SLOT_BYTES = TILE_K / 8 * V::LOW_BYTES + 16;
@@ -287,7 +286,7 @@ struct UnstructuredTile {
   __device__ __forceinline__ void load(const Weight& w, const Row (&rows)[2], int tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      lead[r] = (rows[r].first + rows[r].offsets[int64_t(tile) * w.n]) & (PIECE - 1);
+      lead[r] = (8 * (rows[r].octet & 15) + rows[r].offsets[int64_t(tile) * w.n]) & (PIECE - 1);
       load_bytes<16>(further(rows[r].mask, tile, TILE_K / 8), mask[r]);
     }
     groups.load(w, rows, tile);
@@ -350,7 +349,6 @@ __device__ __forceinline__ void scale_octet(uint32_t (&out)[4], float scale, boo
 template <class V>
 struct DenseSpan {
   using Values = V;
-  static constexpr int OCTETS = 2, MASK_OCTETS = 0;
   static constexpr bool EARLY = true;  // loads of a whole step are sent off before its first use
   uint32_t low[words_for(2 * V::LOW_BYTES)], high[1];
 
@@ -367,7 +365,6 @@ struct DenseSpan {
 template <class V>
 struct Sparse24Span {
   using Values = V;
-  static constexpr int OCTETS = 1, MASK_OCTETS = 2;
   static constexpr bool EARLY = true;
   uint32_t low[words_for(V::LOW_BYTES)], high[1], mask[1];
 
@@ -388,13 +385,12 @@ struct Sparse24Span {
 template <class V>
 struct UnstructuredSpan {
   using Values = V;
-  static constexpr int OCTETS = 0, MASK_OCTETS = 16;
   static constexpr bool EARLY = false;  // its values can only be found when the mask is there
   uint32_t mask[4];
-  int position;  // of the tile's first entry
+  int first, position;  // the octet in which the row begins, and the number in it of the tile's first entry
 
   __device__ __forceinline__ void load(const Weight& w, const Row& row, int k0, int) {
-    position = row.first + row.offsets[int64_t(k0 / TILE_K) * w.n];
+    first = row.octet, position = row.offsets[int64_t(k0 / TILE_K) * w.n];
     load_bytes<16>(row.mask + k0 / 8, mask);
   }
   __device__ __forceinline__ void octet(const Weight& w, int i, int g, typename V::Zero zero,
@@ -402,7 +398,7 @@ struct UnstructuredSpan {
     const int word = g / 2, shift = g % 2 * 16 + 8 * i;
     const uint32_t own = own_word(mask, word);
     const int before = position + ones_before(mask, word) + ptx::ones(own & ((1u << shift) - 1));
-    load_sparse_octet<V>(GlobalEntries{w.low}, before, own >> shift & 0xFF, zero, out);
+    load_sparse_octet<V>(GlobalEntries{further(w.low, first, V::LOW_BYTES)}, before, own >> shift & 0xFF, zero, out);
   }
 };
 

@@ -1,4 +1,4 @@
-// What both kernels share: a tile of activations in shared memory, and the end of a sum that several blocks share.
+// What the kernels share: a tile of activations in shared memory, and the end of a sum that several blocks share.
 #pragma once
 
 #include "patterns.cuh"
@@ -33,16 +33,16 @@ __device__ __forceinline__ int sparse_row(int row, int step, int matrix) {
   return row * ROW_BYTES + 16 * ((4 * step + matrix) ^ (row & 7));
 }
 
-// Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`, by COUNT threads; what lies outside becomes
-// zero. Counts for this thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
-template <int ROWS, int BYTES, int COUNT>
-__device__ __forceinline__ void stage(const Activations& x, int r0, int c0, unsigned char* tile, int thread) {
+// Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`, by all threads of the block; what lies
+// outside becomes zero. Counts for this thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
+template <int ROWS, int BYTES>
+__device__ __forceinline__ void stage(const Activations& x, int r0, int c0, unsigned char* tile) {
   constexpr int PIECES = ROW_BYTES / BYTES, ELEMENTS = BYTES / 2;
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
-  static_assert(ROWS * PIECES % COUNT == 0, "whole turns");
+  static_assert(ROWS * PIECES % THREADS == 0, "whole turns");
 #pragma unroll
-  for (int turn = 0; turn < ROWS * PIECES / COUNT; ++turn) {
-    const int index = turn * COUNT + thread, row = index / PIECES, piece = index % PIECES;
+  for (int turn = 0; turn < ROWS * PIECES / THREADS; ++turn) {
+    const int index = turn * THREADS + int(threadIdx.x), row = index / PIECES, piece = index % PIECES;
     unsigned char* to = tile + (BYTES == 16 ? dense_place(row, piece) : sparse_place(row, piece));
     const int column = c0 + piece * ELEMENTS;
     const int left = r0 + row < x.rows ? max(0, min(ELEMENTS, x.columns - column)) : 0;

@@ -33,18 +33,6 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
-inline float __shfl_xor_sync(uint32_t mask, float value, int lane_mask, int line = __builtin_LINE()) {
-  if (mask != 0xFFFFFFFFu) emulator::fail("only full-warp shuffles are emulated");
-  struct Shuffle {
-    float in, out;
-    int lane_mask;
-  } mine = {value, 0, lane_mask};
-  emulator::warp_wide("shfl", line, mine, [](Shuffle** all) {
-    for (int lane = 0; lane < emulator::LANES; ++lane) all[lane]->out = all[lane ^ all[lane]->lane_mask]->in;
-  });
-  return mine.out;
-}
-
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
 typedef struct CUstream_st* cudaStream_t;

@@ -33,6 +33,8 @@ _PLANES = ("values", "codes", "codes_hi", "mask")
 #: product were faster on an H200 (docs/gpu.md).
 _MOST_ROWS = {"dense": 64, "sparse24": 64, "unstructured": 32}
 
+_MOST_INPUTS = 2**20
+
 #: Up to so many rows a block sums over all of K (matmul_few), and no workspace is needed.
 _FEW_ROWS = 16
 
@@ -56,6 +58,9 @@ def unsupported(
         return f"tensors are on {device.type}, not on a CUDA device"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"  # asked first: without one, nothing is compiled for it
+    capability = torch.cuda.get_device_capability()
+    if capability[0] not in (8, 9):
+        return "the library holds no code for a GPU of compute capability {}.{}".format(*capability)
     library = _library()
     return library if isinstance(library, str) else no_device(library)
 
@@ -66,8 +71,8 @@ def no_kernel(
     """Why no kernel was written for it, or None; whatever the machine."""
     if compute != "exact":
         return "it has no int8 activations"
-    if shape[1] % TILE:
-        return f"{shape[1]} inputs are not a multiple of {TILE}"
+    if shape[1] % TILE or shape[1] > _MOST_INPUTS:
+        return f"{shape[1]} inputs are not a multiple of {TILE}, or more than 2^20"
     if dtype not in _TENSOR_CORE_DTYPES:
         return f"activations are {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
     values = "same" if format.values == _TENSOR_CORE_DTYPES[dtype] else format.values
@@ -119,14 +124,13 @@ def bind(
     tensors: Sequence[torch.Tensor], format: Format, n: int, k: int, compute: str = "exact"
 ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """(x (..., K), bias) -> y (..., N), as `matmul`: what depends on the weight alone is found once."""
-    library, device, aligned = _loaded(), tensors[0].device, _aligned(tensors, format)
+    library, device, aligned = _loaded(), tensors[0].device, not any(_misaligned(tensors, format))
     weight, call, index = weight_of(tensors, format, n, k, device), library.ctp_cuda_matmul, device.index or 0
-    as_it_is = all(a is b for a, b in zip(aligned, tensors, strict=True))
 
     def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         *rows, _ = x.shape
         m = prod(rows)
-        straight = as_it_is and 0 < m <= _FEW_ROWS and x.is_contiguous() and x.data_ptr() % 16 == 0
+        straight = aligned and 0 < m <= _FEW_ROWS and x.is_contiguous() and x.data_ptr() % 16 == 0
         if not straight or _current_device() != index:
             return matmul(x.reshape(m, k), tensors, format, n, bias).view(*rows, n)
         bias, bias_pointer = bias_for(bias, n, x.dtype)
@@ -251,16 +255,23 @@ def launch_t(
     return dx
 
 
+def _misaligned(tensors: Sequence[torch.Tensor], format: Format) -> list[bool]:
+    """Which buffers are planes that do not begin on 16 bytes."""
+    named = zip(format.kernel_names, tensors, strict=True)
+    return [name in _PLANES and tensor.data_ptr() % 16 != 0 for name, tensor in named]
+
+
 def _aligned(tensors: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:
     """The buffers, each plane on 16 bytes: a slice of a fused weight that begins elsewhere is copied every time."""
-    named = zip(format.kernel_names, tensors, strict=True)
-    return [t.clone() if name in _PLANES and t.data_ptr() % 16 else t for name, t in named]
+    wrong = _misaligned(tensors, format)
+    return [tensor.clone() if bad else tensor for tensor, bad in zip(tensors, wrong, strict=True)]
 
 
 def _on_pieces(x: torch.Tensor) -> torch.Tensor:
-    """x (M, K) with its rows in one piece each, every one on 16 bytes."""
+    """x (M, K) with its rows in one piece each, every one on 16 bytes, and near enough for 32-bit steps in bytes."""
     m, k = x.shape
-    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (m == 1 or x.stride(0) * x.element_size() % 16 == 0):
+    apart = x.stride(0) * x.element_size()
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (m == 1 or (apart % 16 == 0 and apart < 2**30)):
         return x
     return x.new_empty((m, -(-k // 8) * 8))[:, :k].copy_(x)
 

@@ -61,9 +61,10 @@ def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, 
 
 def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
     """The plan for so many rows on this machine's GPU, or, where there is none, on an H100 that was not tuned."""
+    from .. import row_class
     from . import tuned
     from .launch import properties_of
-    from .plan import plan_for, row_class
+    from .plan import plan_for
 
     gpu = properties_of(torch.cuda.current_device()) if torch.cuda.is_available() else ()
     m = row_class(rows)

@@ -11,8 +11,9 @@ import triton
 
 from ...errors import CTPError
 from ...format import Format
+from .. import row_class
 from . import kernels
-from .plan import MULTIPROCESSORS, Plan, plan_for, row_class, segment_of, widens
+from .plan import MULTIPROCESSORS, Plan, plan_for, segment_of, widens
 
 _BUFFERS = ("codes_hi", "mask", "row_offsets", "tile_offsets", "scales", "zeros")
 _REDUCE_BLOCK = 1024

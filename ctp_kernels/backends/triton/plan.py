@@ -16,7 +16,6 @@ import torch
 
 from ...format import FLOAT_DTYPES, Format
 from ...patterns import TILE
-from .. import row_class  # noqa: F401  (row counts that share a plan)
 from . import tuned
 
 #: From this row class on (so from 65 rows): dequantise, then a dense product. Measured on an H200 at 64, 128 and 256

@@ -13,8 +13,9 @@ import torch
 
 from ...errors import CTPError
 from ...format import Format
+from .. import choose, row_class
 from . import tuned
-from .plan import DENSE_FROM_ROWS, Plan, default_plan, dense_plan, row_class
+from .plan import DENSE_FROM_ROWS, Plan, default_plan, dense_plan
 
 #: Row classes of prompts and batches; the kernels of larger ones are those of the last.
 ROWS = (1, 2, 4, 8, 16, 32, 64, DENSE_FROM_ROWS)
@@ -106,6 +107,9 @@ def warm_up(
                         return launch.matmul(x, weight.tensors, format, n, weight.bias, plan)
                     return launch.matmul_t(x, weight.tensors, format, k, plan)
 
+                if not tune and not _launched(weight, dtype, m, direction):
+                    progress(1)
+                    continue
                 if tune:
                     rule = default_plan(format, dtype, m, weight.shape, direction, multiprocessors)
                     plan, _ = best(list(candidates(rule, format, m, direction)), run, seconds or _bench)
@@ -117,6 +121,13 @@ def warm_up(
     if kept:
         tuned.remember(gpu or "interpreter", kept)
     return {"gpu": gpu, "kernels": launches, "tuned": kept}
+
+
+def _launched(weight: Weight, dtype: torch.dtype, m: int, direction: str) -> bool:
+    """Whether "auto" leaves so many rows to these kernels."""
+    if not weight.tensors[0].is_cuda:
+        return True  # the interpreter
+    return choose(weight.format, weight.shape, dtype, "cuda", direction, rows=m).backend == "triton"
 
 
 def _bench(call: Callable[[], object]) -> float:
