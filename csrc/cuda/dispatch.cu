@@ -48,8 +48,9 @@ bool group_fits(const ctp_weight& w, bool transposed) {
 
 bool well_formed(const ctp_weight& w) {
   const bool codes = w.values >= CTP_INT8;
-  // Whole tiles, and groups few enough for group_of.
+  // Whole tiles, groups few enough for group_of, and entries of an unstructured weight that an int counts.
   if (w.n < 1 || w.k < 1 || w.n > INT32_MAX - 1024 || w.k > MOST_INPUTS || w.k % TILE_K != 0) return false;
+  if (w.pattern == CTP_UNSTRUCTURED && w.n * w.k > INT32_MAX) return false;
   if (!aligned(w.stored, 16) || !aligned(w.stored_hi, 16) || !aligned(w.mask, 16)) return false;
   if (w.stored == nullptr && w.pattern != CTP_UNSTRUCTURED) return false;  // an all-zero weight stores nothing
   if ((w.values == CTP_INT3) != (w.stored_hi != nullptr) || (w.pattern == CTP_DENSE) != (w.mask == nullptr))

@@ -387,10 +387,10 @@ struct UnstructuredSpan {
   using Values = V;
   static constexpr bool EARLY = false;  // its values can only be found when the mask is there
   uint32_t mask[4];
-  int first, position;  // the octet in which the row begins, and the number in it of the tile's first entry
+  int position;  // of the tile's first entry
 
   __device__ __forceinline__ void load(const Weight& w, const Row& row, int k0, int) {
-    first = row.octet, position = row.offsets[int64_t(k0 / TILE_K) * w.n];
+    position = 8 * row.octet + row.offsets[int64_t(k0 / TILE_K) * w.n];
     load_bytes<16>(row.mask + k0 / 8, mask);
   }
   __device__ __forceinline__ void octet(const Weight& w, int i, int g, typename V::Zero zero,
@@ -398,7 +398,7 @@ struct UnstructuredSpan {
     const int word = g / 2, shift = g % 2 * 16 + 8 * i;
     const uint32_t own = own_word(mask, word);
     const int before = position + ones_before(mask, word) + ptx::ones(own & ((1u << shift) - 1));
-    load_sparse_octet<V>(GlobalEntries{further(w.low, first, V::LOW_BYTES)}, before, own >> shift & 0xFF, zero, out);
+    load_sparse_octet<V>(GlobalEntries{w.low}, before, own >> shift & 0xFF, zero, out);
   }
 };
 

@@ -73,6 +73,8 @@ def no_kernel(
         return "it has no int8 activations"
     if shape[1] % TILE or shape[1] > _MOST_INPUTS:
         return f"{shape[1]} inputs are not a multiple of {TILE}, or more than 2^20"
+    if format.pattern == "unstructured" and shape[0] * shape[1] >= 2**31:
+        return f"{shape[0]} x {shape[1]} entries are more than 2^31"
     if dtype not in _TENSOR_CORE_DTYPES:
         return f"activations are {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
     values = "same" if format.values == _TENSOR_CORE_DTYPES[dtype] else format.values
