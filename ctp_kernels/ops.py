@@ -14,6 +14,7 @@ Layers call a `Product`, which leaves the operator out where nobody listens in b
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -142,7 +143,12 @@ def bind(
     run = module.bind(packed, format, n, k, compute)
     if not hasattr(module, "slower"):
         return run
-    return lambda x, bias: (run if choose(*asked, row_class(x.numel() // k)).backend == name else unbound)(x, bias)
+
+    @cache
+    def fastest(rows: int) -> bool:
+        return choose(*asked, rows).backend == name
+
+    return lambda x, bias: (run if fastest(row_class(x.numel() // k)) else unbound)(x, bias)
 
 
 class Product:

@@ -40,11 +40,6 @@ class Weight(ctypes.Structure):
     )
 
 
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x (M, K) with its rows in one piece each; the rows may lie apart."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def bias_for(bias: torch.Tensor | None, n: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, int | None]:
     """The bias (N,) in the activations' dtype, to be kept alive over the call, and its address."""
     if bias is None:

@@ -12,7 +12,7 @@ import torch
 from .. import _build
 from ..errors import CTPError
 from ..format import Format
-from .c_interface import DTYPES, Weight, bias_for, rows_contiguous, weight_of
+from .c_interface import DTYPES, Weight, bias_for, weight_of
 
 Matmul = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -132,7 +132,8 @@ def matmul_t(dy: torch.Tensor, tensors: Sequence[torch.Tensor], format: Format, 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
     """x as the kernels take it: in bf16, pairs of neighbours on even places, or the kernel would depend on strides."""
-    return x.contiguous() if x.dtype == torch.bfloat16 and x.stride(0) % 2 else rows_contiguous(x)
+    apart = x.dtype == torch.bfloat16 and x.stride(0) % 2
+    return x.contiguous() if apart or x.stride(1) != 1 else x
 
 
 def _check(library: ctypes.CDLL, status: int) -> None:
