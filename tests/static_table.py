@@ -45,10 +45,8 @@ def readable(mangled: str) -> str:
     if form == "Span":
         return f"matmul_t {name}, rows of dy {8 * numbers[-1]}"
     small = ", groups below 128" if pattern == "Dense" and numbers[0] == 4 else ""
-    if "matmul_few" in mangled:
-        return f"matmul_few {name}{small}, rows of x {8 * numbers[-1]}"
-    panels = ", two panels" if numbers[-1] == 2 else ""
-    return f"matmul {name}{small}, rows of x {8 * numbers[-2]}{panels}"
+    kernel = "matmul_few" if "matmul_few" in mangled else "matmul"
+    return f"{kernel} {name}{small}, rows of x {8 * numbers[-1]}"
 
 
 def _report(cuobjdump: str, library: Path) -> list[tuple[str, str, int]]:

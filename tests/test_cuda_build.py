@@ -96,12 +96,13 @@ COPY16, COPY8, READ16, MATRIX = r"LDGSTS\.E\.BYPASS\.128", r"LDGSTS\.E\.64", r"L
 #: Every lane's codes come as wide as its part of the row is: 16 bytes of int4 and int8, 8 of int3 and int2.
 PROMISED = {
     "matmul_few dense int4 {}, rows of x 8": (MMA, LOAD16, COPY16, READ16),
-    "matmul dense int4 {}, rows of x 64": (MMA, LOAD16, COPY16, READ16),
-    "matmul dense int8 {}, rows of x 64": (MMA, LOAD16, COPY16, READ16),
+    "matmul dense int4 {}, rows of x 64": (MMA, COPY16, READ16),
+    "matmul dense int3 {}, rows of x 32": (MMA, COPY16, COPY8, READ16),
+    "matmul dense int8 {}, rows of x 64": (MMA, COPY16, READ16),
     "matmul_few dense int3 {}, rows of x 16": (MMA, r"LDG\.E\.64", COPY16, READ16),
-    "matmul sparse24 float {}, rows of x 64, two panels": (SPARSE_MMA, LOAD16, COPY8, MATRIX),
+    "matmul sparse24 float {}, rows of x 64": (SPARSE_MMA, COPY16, COPY8, MATRIX, READ16),
     "matmul_few sparse24 int4 {}, rows of x 8": (SPARSE_MMA, LOAD16, COPY8, MATRIX),
-    "matmul sparse24 int3 {}, rows of x 64": (SPARSE_MMA, LOAD16, COPY8, MATRIX),
+    "matmul sparse24 int3 {}, rows of x 64": (SPARSE_MMA, COPY8, MATRIX),
     "matmul_few unstructured float {}, rows of x 16": (MMA, LOAD16, COPY16, READ16),
     "matmul_few unstructured int4 {}, rows of x 8": (MMA, LOAD16, COPY16, READ16),
     "matmul_t dense int4 {}, rows of dy 16": (MMA, r"LDG\.E\.64", COPY16, READ16),

@@ -3,7 +3,8 @@
 // A block owns a panel of 16 rows of W, and its warps share the sum over K: each takes every WARPS-th tile of 128
 // inputs, alone with its own part of x in shared memory, so that nobody waits for another before the end, where the
 // warps' sums meet in shared memory. All of K stays in one block: no workspace, no second block to wait for. With the
-// loads of DEPTH tiles under way in every warp, 16 warps a multiprocessor keep the memory busy.
+// loads of DEPTH tiles under way in every warp, 16 warps a multiprocessor keep the memory busy. (Copies to shared
+// memory, as in `matmul`, took more instructions and were slower here, but for unstructured weights.)
 #pragma once
 
 #include "matmul.cuh"
@@ -26,31 +27,16 @@ struct FewShape {
   static int warps(int64_t panels, int multiprocessors) { return panels <= 2 * multiprocessors ? MOST_WARPS : 4; }
 };
 
-// How a lane brings its part of x: pieces `PIECES` of a row to so many lanes, ROWS_A_TURN rows at once.
-template <class Tile, int NT>
-struct XCopies {
-  static constexpr int BYTES = Tile::SPARSE_MMA ? 8 : 16, PIECES = ROW_BYTES / BYTES, ROWS_A_TURN = ALL_LANES / PIECES;
-  const uint8_t* from;  // of this lane's first row, its columns of tile 0
-  int row, piece, rows;
-  uint32_t turn_bytes;
-
-  __device__ __forceinline__ XCopies(const Activations& x, int lane) : row(lane / PIECES), piece(lane % PIECES) {
-    rows = x.rows;
-    from = static_cast<const uint8_t*>(x.data) + (row * x.stride * 2 + piece * BYTES);
-    turn_bytes = uint32_t(ROWS_A_TURN * x.stride * 2);
-    ptx::keep(from);
-  }
-  __device__ __forceinline__ void copy(int tile, unsigned char* to) const {
-    const uint8_t* at = further(from, tile, ROW_BYTES);
+// The two rows of W of lane (g, t) in the panel that begins with row `first`: beyond the last row they are the last
+// one, and never stored.
+template <class Tile>
+__device__ __forceinline__ void rows_of(const Weight& w, int first, int g, int t, Row (&rows)[2]) {
 #pragma unroll
-    for (int turn = 0; turn < NT * 8 / ROWS_A_TURN; ++turn) {
-      const int now = turn * ROWS_A_TURN + row;
-      if (now < rows)
-        ptx::copy_async<BYTES>(to + (BYTES == 16 ? dense_place(now, piece) : sparse_place(now, piece)),
-                               further(at, turn, turn_bytes), BYTES);
-    }
+  for (int r = 0; r < 2; ++r) {
+    rows[r] = row_at<typename Tile::Values>(w, min(first + g + 8 * r, w.n - 1));
+    Tile::begin(rows[r], t);
   }
-};
+}
 
 // Writes what the warps of a block have added up for a panel: float `at` of each, in the order of their numbers.
 template <class Tile, int NT>
@@ -85,17 +71,17 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
   ptx::wait_for_previous();
   Row rows[2];
   rows_of<Tile>(w, n0, g, t, rows);
-  Tile weights[DEPTH][1];
+  Tile weights[DEPTH];
 #pragma unroll
   for (int ahead = 0; ahead < DEPTH; ++ahead)
-    if (warp + ahead * warps < tiles) weights[ahead][0].load(w, rows, warp + ahead * warps);
+    if (warp + ahead * warps < tiles) weights[ahead].load(w, rows, warp + ahead * warps);
 
-  const XCopies<Tile, NT> copies(call.x, lane);
+  const RowCopies<NT * 8, Tile::SPARSE_MMA ? 8 : 16, ALL_LANES> copies(call.x, 0, lane);
   EntryCopies<Tile> entries;
   if constexpr (Tile::SLOT_BYTES) entries.begin(w, n0, lane, warp);
   const auto fill_stage = [&](int tile, unsigned char* to) {
     if (tile < tiles) {
-      copies.copy(tile, to);
+      copies.template copy<false>(tile, to);
       if constexpr (Tile::SLOT_BYTES) entries.copy(w, tile, warps, lane, to + Shape::X_BYTES);
     }
     ptx::commit_copies();
@@ -116,8 +102,8 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
       ptx::sync_warp();               // so is the others', and all have left the stage that is filled next
       fill_stage(tile + (DEPTH - 1) * warps, stages + (ahead + DEPTH - 1) % DEPTH * Shape::STAGE_BYTES);
       const unsigned char* x = stages + ahead * Shape::STAGE_BYTES;
-      multiply<Tile, NT, 1>(weights[ahead], x, x + Shape::X_BYTES, w.half_scales, lane, row, sum);
-      if (tile + DEPTH * warps < tiles) weights[ahead][0].load(w, rows, tile + DEPTH * warps);
+      multiply<Tile, NT>(weights[ahead], x, x + Shape::X_BYTES, w.half_scales, lane, row, sum);
+      if (tile + DEPTH * warps < tiles) weights[ahead].load(w, rows, tile + DEPTH * warps);
     }
   }
 

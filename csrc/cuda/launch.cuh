@@ -59,18 +59,19 @@ inline int attribute(cudaDeviceAttr which) {
 }
 
 // How many blocks share the sum of one output tile, each for its part of the steps. Time goes in waves, of as many
-// blocks as run at once, and every block more costs its sum a trip through memory, about as long as a step (measured,
-// H200).
-inline int blocks_per_sum(const Problem& p, int64_t output_tiles, int steps, int64_t slice_bytes) {
-  constexpr int BLOCKS = 2, MOST = 32;  // BLOCKS a multiprocessor: see __launch_bounds__
+// blocks as run at once, and every block more costs its sum a trip through memory, about as long as half a step
+// (measured, H200).
+inline int blocks_per_sum(const Problem& p, int64_t output_tiles, int steps, int64_t slice_bytes,
+                          int blocks_a_multiprocessor) {
+  constexpr int MOST = 32;
   if (p.counters == nullptr || p.partial == nullptr || output_tiles > MAX_SHARED_TILES) return 1;
-  const int64_t at_once = std::max(1, BLOCKS * attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t at_once = std::max(1, blocks_a_multiprocessor * attribute(cudaDevAttrMultiProcessorCount));
   int best = 1;
   int64_t least = INT64_MAX;
   for (int blocks = 1; blocks <= std::min(steps, MOST); ++blocks) {
     if (blocks > 1 && blocks * output_tiles * slice_bytes > p.partial_bytes) break;
     const int64_t waves = (blocks * output_tiles + at_once - 1) / at_once, each = (steps + blocks - 1) / blocks;
-    const int64_t cost = waves * each + (blocks > 1 ? blocks : 0);
+    const int64_t cost = 2 * waves * each + (blocks > 1 ? blocks : 0);
     if (cost < least) least = cost, best = blocks;
   }
   return best;
@@ -110,29 +111,30 @@ int in_chunks(const Problem& p, const Launch& launch) {
   return CTP_OK;
 }
 
-template <class Tile, int NT, int PANELS>
+template <class Tile, int NT>
 int launch_matmul(const Problem& p) {
-  using Shape = MatmulShape<Tile, NT, PANELS>;
-  static_assert(Shape::SHARED_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
+  using Shape = MatmulShape<Tile, NT>;
+  static_assert(Shape::SHARED_BYTES <= MOST_SHARED, "what a block may have on sm_86 and sm_89");
   return in_chunks<Shape::ROWS>(p, [&](const void* x, int m, void* y) {
     const int steps = int(p.w->k / TILE_K);
     const dim3 tiles(unsigned((p.w->n + Shape::OUTPUTS - 1) / Shape::OUTPUTS),
                      unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
-    const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4);
+    const int blocks =
+        blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4, Shape::BLOCKS);
     MatmulCall call = {};
     call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
     call.x = {x, p.ldx, m, int(p.w->k)};
     call.bias = p.bias, call.y = y, call.shared = {p.counters, p.partial};
     call.tiles_per_block = (steps + blocks - 1) / blocks;
     const unsigned used = unsigned((steps + call.tiles_per_block - 1) / call.tiles_per_block);
-    return start(matmul<Tile, NT, PANELS>, call, dim3(tiles.x, tiles.y, used), THREADS, Shape::SHARED_BYTES, p.stream);
+    return start(matmul<Tile, NT>, call, dim3(tiles.x, tiles.y, used), THREADS, Shape::SHARED_BYTES, p.stream);
   });
 }
 
 template <class Tile, int NT>
 int launch_few(const Problem& p) {
   using Shape = FewShape<Tile, NT>;
-  static_assert(Shape::MOST_WARPS * Shape::WARP_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
+  static_assert(Shape::MOST_WARPS * Shape::WARP_BYTES <= MOST_SHARED, "what a block may have on sm_86 and sm_89");
   MatmulCall call = {};
   call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
   call.x = {p.x, p.ldx, int(p.m), int(p.w->k)};
@@ -146,11 +148,11 @@ int launch_few(const Problem& p) {
 template <class Span, int NT>
 int launch_matmul_t(const Problem& p) {
   using Shape = MatmulTShape<NT>;
-  static_assert(Shape::SHARED_BYTES <= 99 * 1024, "what a block may have on sm_86 and sm_89");
+  static_assert(Shape::SHARED_BYTES <= MOST_SHARED, "what a block may have on sm_86 and sm_89");
   return in_chunks<Shape::ROWS>(p, [&](const void* dy, int m, void* dx) {
     const int steps = int((p.w->n + TILE_K - 1) / TILE_K);
     const dim3 tiles(unsigned(p.w->k / TILE_K), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
-    const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(TILE_K) * Shape::ROWS * 4);
+    const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(TILE_K) * Shape::ROWS * 4, 2);
     MatmulTCall call = {};
     call.w = device_weight(*p.w, 16);
     call.dy = {dy, p.ldx, m, int(p.w->n)};
@@ -161,25 +163,24 @@ int launch_matmul_t(const Problem& p) {
   });
 }
 
-// Rows of x pick the instance. Two panels of 16 rows of W a warp read x half as often, where registers allow it.
-template <class Tile, class Span, int WIDE, int PANELS>
+// Rows of x pick the instance; WIDE: the one for more than 32.
+template <class Tile, class Span, int WIDE>
 int by_rows(const Problem& p) {
   if (p.transposed) return p.m <= 16 ? launch_matmul_t<Span, 2>(p) : launch_matmul_t<Span, 4>(p);
   if (p.m <= 8) return launch_few<Tile, 1>(p);
   if (p.m <= 16) return launch_few<Tile, 2>(p);
-  if (p.m <= 32) return launch_matmul<Tile, 4, 1>(p);
-  return launch_matmul<Tile, WIDE, PANELS>(p);
+  return p.m <= 32 ? launch_matmul<Tile, 4>(p) : launch_matmul<Tile, WIDE>(p);
 }
 
-// Groups of fewer than 128 inputs take a variant that reads narrower pieces.
+// Groups of fewer than 128 inputs take a variant that scales four times a tile.
 template <class V>
 int dense_by_group(const Problem& p) {
   using Tile = DenseTile<V, 1>;
   using Span = DenseSpan<V>;
-  if (p.transposed || p.w->group >= p.w->k || p.w->group % TILE_K == 0) return by_rows<Tile, Span, 8, 1>(p);
+  if (p.transposed || p.w->group >= p.w->k || p.w->group % TILE_K == 0) return by_rows<Tile, Span, 8>(p);
   if (p.m <= 8) return launch_few<DenseTile<V, 4>, 1>(p);
   if (p.m <= 16) return launch_few<DenseTile<V, 4>, 2>(p);
-  return launch_matmul<DenseTile<V, 4>, 8, 1>(p);
+  return p.m <= 32 ? launch_matmul<DenseTile<V, 4>, 4>(p) : launch_matmul<DenseTile<V, 4>, 8>(p);
 }
 
 template <template <typename> class V>
@@ -189,12 +190,12 @@ int dense(const Problem& p) {
 
 template <class V>
 int sparse24(const Problem& p) {
-  return by_rows<Sparse24Tile<V>, Sparse24Span<V>, 8, V::CODES ? 1 : 2>(p);
+  return by_rows<Sparse24Tile<V>, Sparse24Span<V>, 8>(p);
 }
 
 template <class V>
 int unstructured(const Problem& p) {
-  return by_rows<UnstructuredTile<V>, UnstructuredSpan<V>, 4, 1>(p);
+  return by_rows<UnstructuredTile<V>, UnstructuredSpan<V>, 4>(p);
 }
 
 }  // namespace ctp

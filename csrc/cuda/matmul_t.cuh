@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, 2) matmul_t(const MatmulTCall call) {
   ptx::wait_for_previous();
   const auto stage_dy = [&](int tile) {
     if (tile < end)
-      stage<Shape::ROWS, 16>(call.dy, m0, tile * TILE_K, stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
+      stage<Shape::ROWS>(call.dy, m0, tile * TILE_K, stages + (tile - begin) % Shape::STAGES * Shape::STAGE_BYTES);
     ptx::commit_copies();
   };
 #pragma unroll

@@ -118,6 +118,7 @@ template <class V, int PARTS_>
 struct DenseTile {
   using Values = V;
   static constexpr int PARTS = PARTS_, OCTETS = PARTS == 1 ? 4 : 1, SLOT_BYTES = 0;
+  static constexpr int LOW_PIECE = 4 * V::LOW_BYTES, HIGH_PIECE = 4 * V::HIGH_BYTES, MASK_PIECE = 0;  // of 32 inputs
   static constexpr bool SPARSE_MMA = false;
   uint32_t low[2][V::LOW_BYTES], high[2][1];
   GroupTile<V, PARTS> groups;
@@ -172,6 +173,7 @@ template <class V>
 struct Sparse24Tile {
   using Values = V;
   static constexpr int PARTS = 1, OCTETS = 2, SLOT_BYTES = 0;
+  static constexpr int LOW_PIECE = 2 * V::LOW_BYTES, HIGH_PIECE = 2 * V::HIGH_BYTES, MASK_PIECE = 4;  // of 32 inputs
   static constexpr bool SPARSE_MMA = true;
   uint32_t low[2][V::LOW_BYTES / 2], high[2][1], mask[2][4];
   GroupTile<V, 1> groups;
@@ -274,7 +276,7 @@ __device__ __forceinline__ int ones_before(const uint32_t (&mask)[4], int word) 
 template <class V>
 struct UnstructuredTile {
   using Values = V;
-  static constexpr int PARTS = 1;
+  static constexpr int PARTS = 1, LOW_PIECE = 0, HIGH_PIECE = 0, MASK_PIECE = 4;
   static constexpr bool SPARSE_MMA = false;
   static constexpr int PIECE = 128 / V::LOW_BYTES;  // entries in 16 bytes
   static constexpr int SLOT_BYTES = TILE_K / 8 * V::LOW_BYTES + 16;

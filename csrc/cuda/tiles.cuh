@@ -6,7 +6,8 @@
 namespace ctp {
 
 constexpr int WARPS = 4, THREADS = WARPS * ALL_LANES;
-constexpr int ROW_BYTES = TILE_K * 2;  // a row of a tile in shared memory: 16 pieces of 16 bytes
+constexpr int MOST_SHARED = 99 * 1024;  // bytes of shared memory that a block may have on sm_86 and sm_89
+constexpr int ROW_BYTES = TILE_K * 2;   // a row of a tile in shared memory: 16 pieces of 16 bytes
 
 // Rows of x (or dy) as a kernel reads them; every row starts on 16 bytes.
 struct Activations {
@@ -34,21 +35,49 @@ __device__ __forceinline__ int sparse_row(int row, int step, int matrix) {
 }
 
 // Brings columns c0 .. c0 + 127 of ROWS rows from row r0 on into `tile`, by all threads of the block; what lies
-// outside becomes zero. Counts for this thread's next commit_copies. BYTES = 8 lays it out for ldmatrix.
-template <int ROWS, int BYTES>
+// outside becomes zero. Counts for this thread's next commit_copies.
+template <int ROWS>
 __device__ __forceinline__ void stage(const Activations& x, int r0, int c0, unsigned char* tile) {
-  constexpr int PIECES = ROW_BYTES / BYTES, ELEMENTS = BYTES / 2;
+  constexpr int PIECES = ROW_BYTES / 16;
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
   static_assert(ROWS * PIECES % THREADS == 0, "whole turns");
 #pragma unroll
   for (int turn = 0; turn < ROWS * PIECES / THREADS; ++turn) {
     const int index = turn * THREADS + int(threadIdx.x), row = index / PIECES, piece = index % PIECES;
-    unsigned char* to = tile + (BYTES == 16 ? dense_place(row, piece) : sparse_place(row, piece));
-    const int column = c0 + piece * ELEMENTS;
-    const int left = r0 + row < x.rows ? max(0, min(ELEMENTS, x.columns - column)) : 0;
-    ptx::copy_async<BYTES>(to, left > 0 ? data + int64_t(r0 + row) * x.stride + column : data, 2 * left);
+    const int column = c0 + piece * 8, left = r0 + row < x.rows ? max(0, min(8, x.columns - column)) : 0;
+    ptx::copy_async<16>(tile + dense_place(row, piece), left > 0 ? data + int64_t(r0 + row) * x.stride + column : data,
+                        2 * left);
   }
 }
+
+// The same for x in the forward kernels, where every tile is whole: each of COPIERS threads brings one piece of every
+// ROWS_A_TURN-th row from `row0` on. BYTES = 8 lays it out for ldmatrix.
+template <int ROWS, int BYTES, int COPIERS>
+struct RowCopies {
+  static constexpr int PIECES = ROW_BYTES / BYTES, ROWS_A_TURN = COPIERS / PIECES;
+  const uint8_t* from;  // of this thread's first row, its columns of tile 0
+  int row, piece, rows;
+  uint32_t turn_bytes;
+
+  __device__ __forceinline__ RowCopies(const Activations& x, int row0, int thread)
+      : row(thread / PIECES), piece(thread % PIECES), rows(x.rows - row0) {
+    from = static_cast<const uint8_t*>(x.data) + ((row0 + row) * x.stride * 2 + piece * BYTES);
+    turn_bytes = uint32_t(ROWS_A_TURN * x.stride * 2);
+    ptx::keep(from);
+  }
+  // ZEROS: in place of rows that are not there; otherwise nothing.
+  template <bool ZEROS>
+  __device__ __forceinline__ void copy(int tile, unsigned char* to) const {
+    const uint8_t* const at = further(from, tile, ROW_BYTES);
+#pragma unroll
+    for (int turn = 0; turn < ROWS / ROWS_A_TURN; ++turn) {
+      const int now = turn * ROWS_A_TURN + row;
+      if (ZEROS || now < rows)
+        ptx::copy_async<BYTES>(to + (BYTES == 16 ? dense_place(now, piece) : sparse_place(now, piece)),
+                               further(at, turn, turn_bytes), now < rows ? BYTES : 0);
+    }
+  }
+};
 
 // Partial sums of blocks that share an output tile, in the caller's workspace: first a counter per output tile, zero
 // before and after every call, then a slice of floats per block.

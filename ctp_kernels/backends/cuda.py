@@ -273,7 +273,7 @@ def _on_pieces(x: torch.Tensor) -> torch.Tensor:
     """x (M, K) with its rows in one piece each, every one on 16 bytes, and near enough for 32-bit steps in bytes."""
     m, k = x.shape
     apart = x.stride(0) * x.element_size()
-    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (m == 1 or (apart % 16 == 0 and apart < 2**30)):
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (m == 1 or (apart % 16 == 0 and apart < 2**28)):
         return x
     return x.new_empty((m, -(-k // 8) * 8))[:, :k].copy_(x)
 
