@@ -1,4 +1,4 @@
-"""Our kernels beside other libraries' on a GPU, in one interleaved run. **Not run to a result yet.**
+"""Our kernels beside other libraries' on a GPU, in one interleaved run. **No undisturbed run is recorded yet.**
 
 A peer that is not installed, or that this GPU or this PyTorch lacks, is skipped with its reason. Each computes the
 product of the same codes (bitsandbytes: of a grid of its own; 2:4: of the same numbers) and is checked before it is
