@@ -197,7 +197,7 @@ def test_bad_arguments_are_a_status_not_a_crash(library):
     assert "misaligned" in cuda._sentence(library, 1)
 
 
-@pytest.mark.parametrize("name", ["int4", "int3-asym", "sparse24-int4", "unstructured-bf16"])
+@pytest.mark.parametrize("name", ["int4", "int3-asym", "sparse24-int4", "sparse24"])
 def test_a_bound_weight_gives_the_same_bits_and_leaves_what_it_cannot_do(library, monkeypatch, name):
     monkeypatch.setattr(cuda, "_library", lambda: library)
     monkeypatch.setattr(cuda, "_current_device", lambda: 0)

@@ -1,10 +1,11 @@
-// y = x W^T + bias for up to 16 rows of x: the kernel that is bound by the bytes of the weight.
+// y = x W^T + bias for up to 16 rows of x and dense or 2:4 weights: the kernel that is bound by the bytes of the
+// weight.
 //
 // A block owns a panel of 16 rows of W, and its warps share the sum over K: each takes every WARPS-th tile of 128
 // inputs, alone with its own part of x in shared memory, so that nobody waits for another before the end, where the
 // warps' sums meet in shared memory. All of K stays in one block: no workspace, no second block to wait for. With the
 // loads of DEPTH tiles under way in every warp, 16 warps a multiprocessor keep the memory busy. (Copies to shared
-// memory, as in `matmul`, took more instructions and were slower here, but for unstructured weights.)
+// memory, as in `matmul`, take more instructions, and were slower here.)
 #pragma once
 
 #include "matmul.cuh"
@@ -13,12 +14,11 @@ namespace ctp {
 
 template <class Tile, int NT>
 struct FewShape {
-  static constexpr bool SMALL = sizeof(Tile) < 64 && Tile::SLOT_BYTES == 0;
+  static constexpr bool SMALL = sizeof(Tile) < 64;
   static constexpr int DEPTH = NT == 1 && SMALL ? 4 : 3;                    // tiles under way, of W and of x
   static constexpr int MOST_WARPS = SMALL ? 8 : 4, BLOCKS = SMALL ? 2 : 1;  // a multiprocessor, for registers to hold
   static constexpr int ROWS = NT * 8, SUMS = ROWS * 16;                     // floats that a warp adds up
-  static constexpr int X_BYTES = ROWS * ROW_BYTES, SLOTS_BYTES = 16 * Tile::SLOT_BYTES;
-  static constexpr int STAGE_BYTES = X_BYTES + SLOTS_BYTES, WARP_BYTES = DEPTH * STAGE_BYTES;
+  static constexpr int STAGE_BYTES = ROWS * ROW_BYTES, WARP_BYTES = DEPTH * STAGE_BYTES;
   static_assert(SUMS * 4 <= WARP_BYTES, "the sums take the place of the stages");
 
   // Measured on an H200: where the panels fill the multiprocessors once or twice, eight warps end sooner; where there
@@ -77,13 +77,8 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
     if (warp + ahead * warps < tiles) weights[ahead].load(w, rows, warp + ahead * warps);
 
   const RowCopies<NT * 8, Tile::SPARSE_MMA ? 8 : 16, ALL_LANES> copies(call.x, 0, lane);
-  EntryCopies<Tile> entries;
-  if constexpr (Tile::SLOT_BYTES) entries.begin(w, n0, lane, warp);
   const auto fill_stage = [&](int tile, unsigned char* to) {
-    if (tile < tiles) {
-      copies.template copy<false>(tile, to);
-      if constexpr (Tile::SLOT_BYTES) entries.copy(w, tile, warps, lane, to + Shape::X_BYTES);
-    }
+    if (tile < tiles) copies.template copy<false>(tile, to);
     ptx::commit_copies();
   };
 #pragma unroll
@@ -101,8 +96,7 @@ __global__ void __launch_bounds__(FewShape<Tile, NT>::MOST_WARPS* ALL_LANES, Few
       ptx::wait_copies<DEPTH - 2>();  // this lane's share of x is there;
       ptx::sync_warp();               // so is the others', and all have left the stage that is filled next
       fill_stage(tile + (DEPTH - 1) * warps, stages + (ahead + DEPTH - 1) % DEPTH * Shape::STAGE_BYTES);
-      const unsigned char* x = stages + ahead * Shape::STAGE_BYTES;
-      multiply<Tile, NT>(weights[ahead], x, x + Shape::X_BYTES, w.half_scales, lane, row, sum);
+      multiply<Tile, NT>(weights[ahead], stages + ahead * Shape::STAGE_BYTES, nullptr, w.half_scales, lane, row, sum);
       if (tile + DEPTH * warps < tiles) weights[ahead].load(w, rows, tile + DEPTH * warps);
     }
   }

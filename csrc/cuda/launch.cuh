@@ -163,24 +163,28 @@ int launch_matmul_t(const Problem& p) {
   });
 }
 
-// Rows of x pick the instance; WIDE: the one for more than 32.
-template <class Tile, class Span, int WIDE>
-int by_rows(const Problem& p) {
-  if (p.transposed) return p.m <= 16 ? launch_matmul_t<Span, 2>(p) : launch_matmul_t<Span, 4>(p);
-  if (p.m <= 8) return launch_few<Tile, 1>(p);
-  if (p.m <= 16) return launch_few<Tile, 2>(p);
-  return p.m <= 32 ? launch_matmul<Tile, 4>(p) : launch_matmul<Tile, WIDE>(p);
+// Rows of x pick the instance.
+template <class Tile>
+int forward(const Problem& p) {
+  if constexpr (Tile::SLOT_BYTES) {
+    return launch_matmul<Tile, 4>(p);  // with few rows as fast as a kernel for few (measured, H200)
+  } else {
+    if (p.m <= 8) return launch_few<Tile, 1>(p);
+    if (p.m <= 16) return launch_few<Tile, 2>(p);
+    return p.m <= 32 ? launch_matmul<Tile, 4>(p) : launch_matmul<Tile, 8>(p);
+  }
+}
+template <class Span>
+int backward(const Problem& p) {
+  return p.m <= 16 ? launch_matmul_t<Span, 2>(p) : launch_matmul_t<Span, 4>(p);
 }
 
 // Groups of fewer than 128 inputs take a variant that scales four times a tile.
 template <class V>
 int dense_by_group(const Problem& p) {
-  using Tile = DenseTile<V, 1>;
-  using Span = DenseSpan<V>;
-  if (p.transposed || p.w->group >= p.w->k || p.w->group % TILE_K == 0) return by_rows<Tile, Span, 8>(p);
-  if (p.m <= 8) return launch_few<DenseTile<V, 4>, 1>(p);
-  if (p.m <= 16) return launch_few<DenseTile<V, 4>, 2>(p);
-  return p.m <= 32 ? launch_matmul<DenseTile<V, 4>, 4>(p) : launch_matmul<DenseTile<V, 4>, 8>(p);
+  if (p.transposed) return backward<DenseSpan<V>>(p);
+  const bool whole = p.w->group >= p.w->k || p.w->group % TILE_K == 0;
+  return whole ? forward<DenseTile<V, 1>>(p) : forward<DenseTile<V, 4>>(p);
 }
 
 template <template <typename> class V>
@@ -190,12 +194,12 @@ int dense(const Problem& p) {
 
 template <class V>
 int sparse24(const Problem& p) {
-  return by_rows<Sparse24Tile<V>, Sparse24Span<V>, 8>(p);
+  return p.transposed ? backward<Sparse24Span<V>>(p) : forward<Sparse24Tile<V>>(p);
 }
 
 template <class V>
 int unstructured(const Problem& p) {
-  return by_rows<UnstructuredTile<V>, UnstructuredSpan<V>, 4>(p);
+  return p.transposed ? backward<UnstructuredSpan<V>>(p) : forward<UnstructuredTile<V>>(p);
 }
 
 }  // namespace ctp

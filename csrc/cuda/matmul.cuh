@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS, MatmulShape<Tile, NT>::BLOCKS) matmul
     if (tile < end) {
       copies.template copy<true>(tile, to);
       packed.copy(w, tile, lane, own(to));
-      if constexpr (Tile::SLOT_BYTES) entries.copy(w, tile, 1, lane, own(to) + Packed<Tile>::BYTES);
+      if constexpr (Tile::SLOT_BYTES) entries.copy(w, tile, lane, own(to) + Packed<Tile>::BYTES);
     }
     ptx::commit_copies();
   };

@@ -284,15 +284,6 @@ struct UnstructuredTile {
   int lead[2];  // entries in the slot before the tile's first: a slot begins at a whole piece
   GroupTile<V, 1> groups;
 
-  static __device__ __forceinline__ void begin(Row&, int) {}
-  __device__ __forceinline__ void load(const Weight& w, const Row (&rows)[2], int tile) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      lead[r] = (8 * (rows[r].octet & 15) + rows[r].offsets[int64_t(tile) * w.n]) & (PIECE - 1);
-      load_bytes<16>(further(rows[r].mask, tile, TILE_K / 8), mask[r]);
-    }
-    groups.load(w, rows, tile);
-  }
   // `slots`: of this warp's rows.
   __device__ __forceinline__ void octet(const unsigned char* slots, int i, int g, int t, uint32_t (&out)[2][4]) const {
 #pragma unroll
@@ -305,8 +296,8 @@ struct UnstructuredTile {
   }
 };
 
-// Copies the entries of 16 rows, tile after tile, `every` tiles apart; two lanes share a row. The offsets of the next
-// tile are on their way while this one's are used.
+// Copies the entries of 16 rows, tile after tile; two lanes share a row. The offset of the next tile is on its way
+// while this one's is used.
 template <class Tile>
 struct EntryCopies {
   using V = typename Tile::Values;
@@ -322,7 +313,7 @@ struct EntryCopies {
     entries = 8 * int(w.row_offsets[row + 1] - octet);
     start = offset(w, tile), stop = offset(w, tile + 1);
   }
-  __device__ __forceinline__ void copy(const Weight& w, int tile, int every, int lane, unsigned char* slots) {
+  __device__ __forceinline__ void copy(const Weight& w, int tile, int lane, unsigned char* slots) {
     const int64_t piece = (8 * octet + start) / Tile::PIECE;
     const int pieces = stop > start ? int((8 * octet + stop + Tile::PIECE - 1) / Tile::PIECE - piece) : 0;
     const int64_t end = octet * V::LOW_BYTES + int64_t(entries / 8) * V::LOW_BYTES;  // of the row, in bytes
@@ -331,7 +322,7 @@ struct EntryCopies {
       ptx::copy_async<16>(slots + lane / 2 * Tile::SLOT_BYTES + 16 * i, static_cast<const uint8_t*>(w.low) + from,
                           end - from < 16 ? int(end - from) : 16);
     }
-    start = every == 1 ? stop : offset(w, tile + every), stop = offset(w, tile + every + 1);
+    start = stop, stop = offset(w, tile + 2);
   }
 };
 

@@ -36,7 +36,7 @@ _MOST_ROWS = {"dense": 64, "sparse24": 64, "unstructured": 32}
 _MOST_INPUTS = 2**20
 
 #: Up to so many rows a block sums over all of K (matmul_few), and no workspace is needed.
-_FEW_ROWS = 16
+_FEW_ROWS = {"dense": 16, "sparse24": 16, "unstructured": 0}
 
 #: Bytes in which blocks leave their parts of a sum; enough for every grid that would be split.
 _WORKSPACE_BYTES = 16 * 2**20
@@ -93,7 +93,7 @@ def slower(format: Format, rows: int, direction: str) -> str | None:
 
 def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
     """The kernel that takes so many rows."""
-    return "matmul_t" if direction == "backward" else "matmul_few" if rows <= _FEW_ROWS else "matmul"
+    return "matmul_t" if direction == "backward" else "matmul_few" if rows <= _FEW_ROWS[format.pattern] else "matmul"
 
 
 def _group_reason(format: Format, k: int, direction: str) -> str | None:
@@ -118,7 +118,7 @@ def matmul(
     library = _loaded()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        workspace = None if len(x) <= _FEW_ROWS else _workspace(library, x.device, stream)
+        workspace = None if len(x) <= _FEW_ROWS[format.pattern] else _workspace(library, x.device, stream)
         return launch(library, x, tensors, format, n, bias, stream, workspace)
 
 
@@ -128,11 +128,12 @@ def bind(
     """(x (..., K), bias) -> y (..., N), as `matmul`: what depends on the weight alone is found once."""
     library, device, aligned = _loaded(), tensors[0].device, not any(_misaligned(tensors, format))
     weight, call, index = weight_of(tensors, format, n, k, device), library.ctp_cuda_matmul, device.index or 0
+    most = _FEW_ROWS[format.pattern]
 
     def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         *rows, _ = x.shape
         m = prod(rows)
-        straight = aligned and 0 < m <= _FEW_ROWS and x.is_contiguous() and x.data_ptr() % 16 == 0
+        straight = aligned and 0 < m <= most and x.is_contiguous() and x.data_ptr() % 16 == 0
         if not straight or _current_device() != index:
             return matmul(x.reshape(m, k), tensors, format, n, bias).view(*rows, n)
         bias, bias_pointer = bias_for(bias, n, x.dtype)
