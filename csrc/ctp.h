@@ -75,10 +75,12 @@ const char* ctp_cpu_status_string(int status);
  * one that ctp_cuda_status_string knows. Nothing is allocated and nothing waited for, so a graph can capture a call.
  * Dense int8, int4, int3, int2; 2:4 int4, int3 and values of the activations' type; unstructured int4 and likewise. A
  * group is the row or a multiple of 32 inputs (dense forward), 128 (sparse forward), 16 (matmul_t). K is a multiple of
- * 128, at most 2^20; the weight's planes and every row of x or dy start on 16 bytes. counters: ctp_cuda_counters()
- * 32-bit words, all zero before the first call and after every call; workspace: floats, the more the more blocks can
- * share a sum. Either may be NULL; calls that may run at the same time need their own. Unlike the other kernels, 2:4
- * forward does not multiply pruned entries: a NaN or infinity in x beside them is lost. */
+ * 128, at most 2^20; the weight's planes and every row of x or dy start on 16 bytes, rows less than 2^27 elements
+ * apart; scales and zeros are read in whole words of four bytes. counters: ctp_cuda_counters() 32-bit words, all zero
+ * before the first call and after every call; workspace: floats, the more the more blocks can share a sum. Either may
+ * be NULL, which costs the most with few rows of an unstructured weight; calls that may run at the same time need their
+ * own. Unlike the other kernels, 2:4 forward does not multiply pruned entries: a NaN or infinity in x beside them is
+ * lost. */
 int ctp_cuda_matmul(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m, const void* bias, void* y,
                     int32_t dtype, void* counters, void* workspace, int64_t workspace_bytes, void* stream);
 int ctp_cuda_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int64_t m, void* dx, int32_t dtype,

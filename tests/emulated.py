@@ -164,9 +164,9 @@ def _run_guarded() -> None:
         print(name, flush=True)
 
 
-def _run_bug(name: str, format: str, direction: str) -> None:
+def _run_bug(name: str, format: str, direction: str, rows: str) -> None:
     load().ctp_emulator_configure(BUGS[name], 0, 4)
-    packed, x, _ = problem(format, (256, 512), 3, torch.float16, direction)
+    packed, x, _ = problem(format, (256, 512), int(rows), torch.float16, direction)
     forward(x, packed) if direction == "forward" else backward(x, packed)
 
 

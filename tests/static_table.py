@@ -72,14 +72,21 @@ def mangled(cuobjdump: str, library: Path) -> dict[str, str]:
 
 def shared_bytes(kernel: str) -> int:
     """The most shared memory that a launch asks for, as FewShape, MatmulShape and MatmulTShape compute it."""
-    match = re.search(r"rows of (x|dy) (\d+)", kernel)
+    match = re.search(r"(matmul_few|matmul_t|matmul) (\w+) (\w+) .*rows of d?[xy] (\d+)", kernel)
     assert match
-    row_bytes = int(match[2]) * 256
-    slot = 0 if "unstructured" not in kernel or match[1] == "dy" else 16 * (16 if " float " in kernel else 4) + 16
-    if kernel.startswith("matmul_few"):
-        small = "dense" in kernel and "int8" not in kernel and "below" not in kernel
-        return (8 if small else 4) * (4 if small and match[2] == "8" else 3) * (row_bytes + 16 * slot)
-    return 3 * (row_bytes + 64 * slot)
+    name, pattern, values, rows = match.groups()
+    row_bytes = int(rows) * 256
+    if name == "matmul_few":
+        small = pattern == "dense" and values != "int8" and "below" not in kernel
+        return (8 if small else 4) * (4 if small and rows == "8" else 3) * row_bytes
+    if name == "matmul_t":
+        return 3 * row_bytes
+    # What Packed brings of a row for a lane: a span of 32 inputs, and words of the mask, an offset, a scale and a zero.
+    span = {"int2": 8, "int3": 12, "int4": 16, "int8": 32, "float": 64}[values]
+    span = {"dense": span, "sparse24": 8 if values == "int3" else span // 2, "unstructured": 0}[pattern]
+    words = (pattern != "dense") + (pattern == "unstructured") + 2 * (values != "float")
+    slot = 16 * (16 if values == "float" else 4) + 16 if pattern == "unstructured" else 0
+    return 3 * (row_bytes + 4 * (2 * 32 * (span + 4 * words) + 16 * slot))
 
 
 def usage(cuobjdump: str, library: Path) -> dict[str, dict[str, list[int]]]:

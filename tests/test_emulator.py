@@ -166,12 +166,16 @@ def test_seeded_bugs_that_show_in_the_result(library, format, bug):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (("bug", "no_barrier", "int4", "forward"), "never written|without a barrier between"),
-        (("bug", "no_barrier", "sparse24-int4", "forward"), "never written|without a barrier between"),
-        (("bug", "no_barrier", "int4", "backward"), "never written|without a barrier between"),
-        (("bug", "no_wait", "int4", "forward"), "asynchronous copy may still write"),
-        (("bug", "no_wait", "int3", "backward"), "asynchronous copy may still write"),
-        (("bug", "no_convergence", "int4", "forward"), "lanes of a warp meet at different instructions"),
+        (("bug", "no_barrier", "int4", "forward", "3"), "never written|without a barrier between"),
+        (("bug", "no_barrier", "sparse24-int4", "forward", "3"), "never written|without a barrier between"),
+        (("bug", "no_barrier", "int4", "backward", "3"), "never written|without a barrier between"),
+        (("bug", "no_wait", "int4", "forward", "3"), "asynchronous copy may still write"),
+        (("bug", "no_wait", "int3", "backward", "3"), "asynchronous copy may still write"),
+        (("bug", "no_barrier", "int4", "forward", "20"), "never written|without a barrier between"),
+        (("bug", "no_barrier", "int3-g32", "forward", "40"), "never written|without a barrier between"),
+        (("bug", "no_wait", "sparse24-int4", "forward", "20"), "asynchronous copy may still write"),
+        (("bug", "no_wait", "unstructured", "forward", "3"), "asynchronous copy may still write"),
+        (("bug", "no_convergence", "int4", "forward", "3"), "lanes of a warp meet at different instructions"),
         (("copy", "1"), "asynchronous copy may still write"),
         (("copy", "2"), "never written|without a barrier between"),
         (("overwrite", "0"), "a warp reads what another wrote"),  # the later warp went on first

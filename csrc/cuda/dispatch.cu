@@ -10,7 +10,7 @@ namespace {
 
 using Run = int (*)(const Problem&);
 
-constexpr int64_t MOST_INPUTS = 1 << 20;
+constexpr int64_t MOST_INPUTS = 1 << 20, MOST_APART = 1 << 27;  // elements between rows: see RowCopies
 
 // The kernels for this pattern, kind of value and type of activations, or NULL.
 Run find(const ctp_weight& w, int32_t dtype) {
@@ -70,9 +70,11 @@ int check_and_run(const Problem& p) {
   if (w.values < CTP_INT8) w.group = w.k;
   if (!group_fits(w, p.transposed)) return CTP_BAD_ARGUMENT;
   if (p.m == 0) return CTP_OK;
-  if (p.x == nullptr || p.y == nullptr || !aligned(p.x, 16) || (p.m > 1 && p.ldx % 8 != 0)) return CTP_BAD_ARGUMENT;
+  if (p.x == nullptr || p.y == nullptr || !aligned(p.x, 16)) return CTP_BAD_ARGUMENT;
+  if (p.m > 1 && (p.ldx % 8 != 0 || p.ldx < 0 || p.ldx >= MOST_APART)) return CTP_BAD_ARGUMENT;
   Problem checked = p;
   checked.w = &w;
+  if (p.m == 1) checked.ldx = 0;  // it may be anything
   return run(checked);
 }
 

@@ -59,13 +59,15 @@ inline int attribute(cudaDeviceAttr which) {
 }
 
 // How many blocks share the sum of one output tile, each for its part of the steps. Time goes in waves, of as many
-// blocks as run at once, and every block more costs its sum a trip through memory, about as long as half a step
-// (measured, H200).
-inline int blocks_per_sum(const Problem& p, int64_t output_tiles, int steps, int64_t slice_bytes,
-                          int blocks_a_multiprocessor) {
-  constexpr int MOST = 32;
+// blocks as run at once (`registers_for` a multiprocessor, if their shared memory fits), and every block more costs its
+// sum a trip through memory, about as long as half a step (forward; measured, H200).
+inline int blocks_per_sum(const Problem& p, int64_t output_tiles, int steps, int64_t slice_bytes, int registers_for,
+                          int shared_bytes) {
+  constexpr int MOST = 32, RESERVED = 1024;  // bytes that every block takes besides its own
   if (p.counters == nullptr || p.partial == nullptr || output_tiles > MAX_SHARED_TILES) return 1;
-  const int64_t at_once = std::max(1, blocks_a_multiprocessor * attribute(cudaDevAttrMultiProcessorCount));
+  const int fit = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (shared_bytes + RESERVED);
+  const int64_t multiprocessors = std::max(1, attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t at_once = multiprocessors * std::max(1, std::min(registers_for, fit));
   int best = 1;
   int64_t least = INT64_MAX;
   for (int blocks = 1; blocks <= std::min(steps, MOST); ++blocks) {
@@ -119,8 +121,8 @@ int launch_matmul(const Problem& p) {
     const int steps = int(p.w->k / TILE_K);
     const dim3 tiles(unsigned((p.w->n + Shape::OUTPUTS - 1) / Shape::OUTPUTS),
                      unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
-    const int blocks =
-        blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4, Shape::BLOCKS);
+    const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(Shape::OUTPUTS) * Shape::ROWS * 4,
+                                      Shape::BLOCKS, Shape::SHARED_BYTES);
     MatmulCall call = {};
     call.w = device_weight(*p.w, TILE_K / Tile::PARTS);
     call.x = {x, p.ldx, m, int(p.w->k)};
@@ -152,7 +154,8 @@ int launch_matmul_t(const Problem& p) {
   return in_chunks<Shape::ROWS>(p, [&](const void* dy, int m, void* dx) {
     const int steps = int((p.w->n + TILE_K - 1) / TILE_K);
     const dim3 tiles(unsigned(p.w->k / TILE_K), unsigned((m + Shape::ROWS - 1) / Shape::ROWS));
-    const int blocks = blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(TILE_K) * Shape::ROWS * 4, 2);
+    const int blocks =
+        blocks_per_sum(p, int64_t(tiles.x) * tiles.y, steps, int64_t(TILE_K) * Shape::ROWS * 4, 2, Shape::SHARED_BYTES);
     MatmulTCall call = {};
     call.w = device_weight(*p.w, 16);
     call.dy = {dy, p.ldx, m, int(p.w->n)};

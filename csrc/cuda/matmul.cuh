@@ -1,4 +1,5 @@
-// One step of y^T = W x^T on tensor cores, and the kernel for many rows of x; few.cuh has the one for few.
+// One step of y^T = W x^T on tensor cores, and the kernel for many rows of x, or any number of unstructured weights;
+// few.cuh has the one for few.
 //
 // W is the left operand (16 rows of W, 8 rows of x an instruction), so that few rows of x waste little. Nobody but its
 // warp needs a weight. (Unstructured entries lie at no fixed place: they go to shared memory, a slot a row.)
@@ -99,11 +100,10 @@ __device__ __forceinline__ void store_with_bias(const MatmulCall& call, int m, i
 template <class Tile, int NT>
 struct MatmulShape {
   static constexpr bool PLAIN = Tile::PARTS == 1 && Tile::SLOT_BYTES == 0;
-  static constexpr int BLOCKS = NT == 8 ? 2 : PLAIN ? 4 : 3;  // a multiprocessor, for registers to hold
+  static constexpr int BLOCKS = NT == 8 ? 2 : PLAIN ? 4 : 3;  // a multiprocessor, by their registers
   static constexpr int OUTPUTS = WARPS * 16, ROWS = NT * 8;
   static constexpr int X_BYTES = ROWS * ROW_BYTES, WARP_BYTES = Packed<Tile>::BYTES + 16 * Tile::SLOT_BYTES;
-  static constexpr int STAGE_BYTES = X_BYTES + WARPS * WARP_BYTES;
-  static constexpr int STAGES = 3 * STAGE_BYTES <= MOST_SHARED ? 3 : 2, SHARED_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int STAGES = 3, STAGE_BYTES = X_BYTES + WARPS * WARP_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
 };
 
 template <class Tile, int NT>

@@ -34,7 +34,11 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81
+};
 typedef struct CUstream_st* cudaStream_t;
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 struct cudaLaunchAttribute {
@@ -68,7 +72,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : 9;
+  *value = which == cudaDevAttrMultiProcessorCount                ? emulator::multiprocessors
+           : which == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? 228 * 1024
+                                                                  : 9;
   return cudaSuccess;
 }
 

@@ -35,7 +35,7 @@ _MOST_ROWS = {"dense": 64, "sparse24": 64, "unstructured": 32}
 
 _MOST_INPUTS = 2**20
 
-#: Up to so many rows a block sums over all of K (matmul_few), and no workspace is needed.
+#: Up to so many rows a block sums over all of K (matmul_few), and no workspace is needed, by pattern.
 _FEW_ROWS = {"dense": 16, "sparse24": 16, "unstructured": 0}
 
 #: Bytes in which blocks leave their parts of a sum; enough for every grid that would be split.
@@ -128,18 +128,18 @@ def bind(
     """(x (..., K), bias) -> y (..., N), as `matmul`: what depends on the weight alone is found once."""
     library, device, aligned = _loaded(), tensors[0].device, not any(_misaligned(tensors, format))
     weight, call, index = weight_of(tensors, format, n, k, device), library.ctp_cuda_matmul, device.index or 0
-    most = _FEW_ROWS[format.pattern]
+    few = _FEW_ROWS[format.pattern]
 
     def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         *rows, _ = x.shape
         m = prod(rows)
-        straight = aligned and 0 < m <= most and x.is_contiguous() and x.data_ptr() % 16 == 0
+        straight = aligned and m > 0 and x.is_contiguous() and x.data_ptr() % 16 == 0
         if not straight or _current_device() != index:
             return matmul(x.reshape(m, k), tensors, format, n, bias).view(*rows, n)
         bias, bias_pointer = bias_for(bias, n, x.dtype)
-        y = x.new_empty((*rows, n))
-        stream = _current_stream(index)
-        status = call(weight, x.data_ptr(), k, m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], None, None, 0, stream)
+        y, stream = x.new_empty((*rows, n)), _current_stream(index)
+        shared = _pointers(None if m <= few else _workspace(library, device, stream))
+        status = call(weight, x.data_ptr(), k, m, bias_pointer, y.data_ptr(), DTYPES[x.dtype], *shared, stream)
         if status:
             raise CTPError(f"the CUDA kernel for {format} failed: {_sentence(library, status)}")
         return y
@@ -202,7 +202,8 @@ def new_workspace(library: ctypes.CDLL, device: torch.device, nbytes: int | None
 
 
 def _workspace(library: ctypes.CDLL, device: torch.device, stream: int) -> Workspace:
-    """This stream's workspace. A graph under capture gets its own, from its own pool: it may run beside this stream."""
+    """This stream's workspace. A graph under capture gets one for each call, from its own pool: it may run beside this
+    stream, and CUDA graph trees allow nothing of the pool to live on."""
     if torch.cuda.is_current_stream_capturing():
         return new_workspace(library, device)
     found = _workspaces.get((device, stream))
