@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench lint sanitize gpu clean
+.PHONY: demo test bench lint sanitize gpu gpu-sanitize clean
 
 # torch first and alone, by the constraints file: a wider range would fetch gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt ctp_kernels/_build.py $(wildcard csrc/*.h csrc/*/*)
@@ -34,15 +34,16 @@ sanitize: $(VENV)/.installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -q tests/test_cpu.py
 
-# On a machine with a GPU where Python, torch, triton and pytest are installed already; needs no network.
+# On a machine with a GPU where Python, torch, triton and pytest are installed already; needs no network. The tests run
+# side by side where pytest-xdist is there, the benchmarks never.
 gpu:
 	$(PYTHON) -m ctp_kernels._build
-	$(PYTHON) -m pytest tests -m gpu
-	if command -v compute-sanitizer; then \
-		compute-sanitizer --error-exitcode 1 \
-			$(PYTHON) -m pytest tests/test_cuda.py tests/test_triton.py -m gpu -k "test_on_a_gpu and not layer"; \
-	else echo "compute-sanitizer is not installed: memory checks skipped"; fi
+	$(PYTHON) -m pytest tests -m gpu $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 	$(PYTHON) -m pytest bench/ --benchmark -m gpu
+
+gpu-sanitize:
+	compute-sanitizer --error-exitcode 1 \
+		$(PYTHON) -m pytest tests/test_cuda.py tests/test_triton.py -m gpu -k "test_on_a_gpu and not layer"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ctp_kernels/lib runs
