@@ -1,8 +1,9 @@
-"""The `ctp` command: compress, train a prompt, evaluate, generate, inspect, explain, and the demo of it all."""
+"""The `ctp` command: compress, train a prompt, evaluate, move it elsewhere, generate, inspect, explain, and a demo."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import sys
@@ -182,6 +183,44 @@ def evaluate(
         )
         for name, scores in result["tasks"].items():
             typer.echo(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if isinstance(v, float)))
+    _write(json_file, result)
+
+
+@command
+def transfer(
+    models: Annotated[list[str], typer.Option("--models", help="a model, as of the other commands; may be repeated")],
+    prompts: Annotated[list[Path], typer.Option("--prompts", help="folder of a trained prompt; may be repeated")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="a text, as of the other commands; may be repeated")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
+    length: Length = None,
+    count: Annotated[int | None, typer.Option(min=1, help="windows (default: all)")] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the ratios and their intervals into this file")] = None,
+    resume: Annotated[bool, typer.Option(help="keep the cells that an interrupted run has written to --json")] = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Every prompt on every model and text: perplexity, and its ratio to that without a prompt, with intervals."""
+    from ctp.evaluate import transfer as measure
+    from ctp.jobs import placement
+    from ctp.report.html import PICTURES, transfer_figure
+    from ctp.report.table import transfer_table
+
+    if plot is not None and plot.suffix not in PICTURES:
+        raise CTPError(f"--plot draws {', '.join(PICTURES)}, not {plot.suffix or 'a file without an ending'}")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise CTPError("--plot needs matplotlib: pip install matplotlib")
+    result = measure(
+        models, prompts, data or ["embedded"], split=split, length=length, count=count, batch_size=batch_size,
+        path=json_file, resume=resume, progress=True, seed=seed, **placement(device, dtype),
+    )  # fmt: skip
+    typer.echo(transfer_table(result["rows"]))
+    if plot is not None:
+        transfer_figure(result["rows"], plot)
     _write(json_file, result)
 
 

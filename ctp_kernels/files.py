@@ -71,12 +71,17 @@ def staged_folder(target: str | Path, marker: str | None = None) -> Iterator[Pat
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file through a temporary sibling and a rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         _fsync(temporary)
         temporary.replace(path)
     except OSError as error:

@@ -98,6 +98,41 @@ def test_training_with_a_teacher_finds_the_original(folders):
     assert (folders / "kl" / "adapter_config.json").is_file()
 
 
+@needs_opt
+def test_transfer_measures_every_pair_and_goes_on(folders, tmp_path):
+    packed, prompt, out, plot = (
+        folders / "packed",
+        folders / "prompt",
+        tmp_path / "matrix.json",
+        tmp_path / "matrix.png",
+    )
+    one = ["--models", packed, "--prompts", prompt, "--length", 64, "--count", 5, "--json", out]
+    texts = ["--data", "embedded:docs", "--data", "embedded:code"]
+    table = ctp("transfer", *one, *texts, "--models", OPT, "--plot", plot)
+    assert str(packed) in table and "embedded:code" in table and plot.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2 and not list(tmp_path.glob(".*"))
+    without, with_prompt = rows[:2]
+    assert without["prompt"] is None and "ratio" not in without and with_prompt["prompt"] == str(prompt)
+    assert math.isclose(with_prompt["ratio"], with_prompt["perplexity"] / without["perplexity"])
+    assert with_prompt["ratio_low"] < with_prompt["ratio"] < with_prompt["ratio_high"]
+    for row, options in ((without, []), (with_prompt, ["--prompt", prompt])):
+        ctp("evaluate", packed, "--data", "embedded:docs", "--length", 64, "--count", 5, *options, "--json",
+            tmp_path / "one.json")  # fmt: skip
+        measured = json.loads((tmp_path / "one.json").read_text())
+        assert math.isclose(measured["perplexity"], row["perplexity"]) and measured["tokens"] == sum(row["tokens"])
+
+    kept = json.loads(out.read_text())
+    kept["rows"] = kept["rows"][:3]
+    kept["rows"][0]["perplexity"] = 1.5  # a cell that is there is not measured again
+    out.write_text(json.dumps(kept))
+    ctp("transfer", *one, *texts, "--models", OPT, "--resume")
+    again = json.loads(out.read_text())["rows"]
+    assert again[0]["perplexity"] == 1.5 and again[1:] == rows[1:]
+    assert "other settings" in ctp("transfer", *one[:-4], "--count", 4, "--json", out, "--resume", code=2)
+    assert "named twice" in ctp("transfer", *one, "--models", packed, code=2)
+
+
 BAD = {
     "missing folder": ["evaluate", "./no/such/model"],
     "unknown format": ["compress", OPT, "--format", "int5", "-o", "{out}"],
@@ -115,6 +150,9 @@ BAD = {
     "no such device": ["evaluate", OPT, "--device", "tpu"],
     "no such dtype": ["generate", OPT, "text", "--dtype", "int8"],
     "other architecture": ["evaluate", "{bert}"],
+    "transfer of no prompt": ["transfer", "--models", OPT, "--prompts", "{empty}"],
+    "transfer drawn as text": ["transfer", "--models", OPT, "--prompts", "{empty}", "--plot", "matrix.txt"],
+    "transfer goes on from nowhere": ["transfer", "--models", OPT, "--prompts", "{empty}", "--resume"],
 }
 
 
@@ -137,6 +175,7 @@ NUMBERS = {
     "train": ["--steps 0", "--tokens 0", "--batch-size 0", "--accumulation 0", "--length 1", f"--seed {2**63}"],
     "evaluate": ["--count 0", "--count -1", "--length 0", "--batch-size 0", "--limit -1", "--stride 0"],
     "generate": ["--max-new-tokens 0", "--temperature -1"],
+    "transfer": ["--count 0", "--length 1", "--batch-size 0"],
     "demo": ["--steps 0"],
 }
 
@@ -144,6 +183,7 @@ NUMBERS = {
 @pytest.mark.parametrize(("command", "option"), [(c, option) for c, options in NUMBERS.items() for option in options])
 def test_numbers_out_of_range_are_named(command, option, tmp_path):
     required = {"compress": [OPT, "--format", "int4"], "train": [OPT], "evaluate": [OPT], "generate": [OPT, "x"]}
+    required["transfer"] = ["--models", OPT, "--prompts", tmp_path]
     out = ["-o", tmp_path / "out"] if command in ("compress", "train", "demo") else []
     output = ctp(command, *required.get(command, []), *out, *option.split(), code=2)
     assert "Invalid value" in output and option.split()[0] in output and not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ctp_kernels.files import write_text
+from ctp_kernels.files import write_bytes, write_text
 
 from .table import demo_table, label
 
@@ -86,6 +86,36 @@ def latency(result: dict[str, Any]):
     axis.set(xlabel="prompt tokens", ylabel=f"ms for {text} tokens of text", ylim=(0, None))
     axis.legend(fontsize=8)
     return figure
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def transfer_figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw what each prompt leaves of a perplexity (`ctp.evaluate.transfer`), with its interval: below 1 it helps.
+
+    The file's ending, one of PICTURES, says what it becomes.
+    """
+    rows = [row for row in rows if row["prompt"] is not None and row["ratio"] is not None]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    series = list(dict.fromkeys((row["model"], row["data"]) for row in rows))
+    figure, axis = _figure(max(8, 1.5 * len(prompts) + 5), 4)
+    for i, (model, data) in enumerate(series):
+        mine = [row for row in rows if (row["model"], row["data"]) == (model, data)]
+        places = [prompts.index(row["prompt"]) + (i + 1) / (len(series) + 1) - 0.5 for row in mine]
+        below, above = (
+            [abs(row[end] - row["ratio"]) if row[end] is not None else 0 for row in mine]
+            for end in ("ratio_low", "ratio_high")
+        )
+        ratios = [row["ratio"] for row in mine]
+        axis.errorbar(places, ratios, [below, above], fmt="o", capsize=3, label=f"{model}, {data}")
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_xticks(range(len(prompts)), prompts, fontsize=8)
+    axis.set_ylabel("perplexity over that without a prompt")
+    figure.legend(loc="outside right upper", fontsize=8)
+    data_out = io.BytesIO()
+    figure.savefig(data_out, format=path.suffix[1:], dpi=110)
+    write_bytes(path, data_out.getvalue())
 
 
 def _figure(width: float, height: float):

@@ -25,6 +25,28 @@ def demo_table(result: dict[str, Any]) -> str:
     return align([head, *lines])
 
 
+def transfer_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each text and prompt, a column for each model: `37.18 x0.990 (0.988 to 0.992)`, the perplexity, and
+    what of it without a prompt, with the 95 % confidence interval."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells = {(row["data"], row["prompt"], row["model"]): row for row in rows}
+    lines = [
+        [data, prompt or "none", *(_transferred(cells.get((data, prompt, model))) for model in models)]
+        for data, prompt in dict.fromkeys((row["data"], row["prompt"]) for row in rows)
+    ]
+    return align([["data", "prompt", *models], *lines])
+
+
+def _transferred(row: dict[str, Any] | None) -> str:
+    if row is None or row["perplexity"] is None:
+        return "" if row is None else "inf"
+    text = f"{row['perplexity']:.2f}"
+    if row["prompt"] is None or row["ratio"] is None:
+        return text
+    low, high = row["ratio_low"], row["ratio_high"]
+    return f"{text} x{row['ratio']:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")
+
+
 def label(row: dict[str, Any]) -> str:
     """`unstructured-fp16 50 %`: the format, and its sparsity where the name does not say it."""
     return row["format"] if row["sparsity"] is None else f"{row['format']} {row['sparsity'] * 100:g} %"
