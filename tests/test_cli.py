@@ -129,6 +129,8 @@ def test_transfer_measures_every_pair_and_goes_on(folders, tmp_path):
     ctp("transfer", *one, *texts, "--models", OPT, "--resume")
     again = json.loads(out.read_text())["rows"]
     assert again[0]["perplexity"] == 1.5 and again[1:] == rows[1:]
+    ctp("transfer", *one, "--data", "embedded:docs", "--resume")  # fewer of them: the others stay in the file
+    assert json.loads(out.read_text())["rows"] == again
     assert "other settings" in ctp("transfer", *one[:-4], "--count", 4, "--json", out, "--resume", code=2)
     assert "named twice" in ctp("transfer", *one, "--models", packed, code=2)
 

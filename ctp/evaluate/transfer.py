@@ -67,13 +67,17 @@ def transfer(
             raise CTPError(f"a {kind} is named twice: name each once")
     softs = {name: SoftPrompt.load(name) if name else None for name in names}
     longest = max(len(soft) if soft else 0 for soft in softs.values())
-    settings = {"split": split, "length": length, "count": count, "longest_prompt": longest, "seed": seed}
-    settings["dtype"] = str(where.get("dtype")).removeprefix("torch.")
+    dtype = where.get("dtype")
+    settings = {
+        "split": split, "length": length, "count": count, "longest_prompt": longest, "seed": seed,
+        "dtype": dtype and str(dtype).removeprefix("torch."),
+    }  # fmt: skip
     rows = _kept(path, settings) if resume else {}
     wanted = [(model, text, name) for model in models for text in data for name in names]
 
     def result() -> dict[str, Any]:
-        return {"settings": settings, "rows": [rows[key] for key in wanted if key in rows]}
+        order = dict.fromkeys([*wanted, *rows])  # what else the file holds stays in it
+        return {"settings": settings, "rows": [rows[key] for key in order if key in rows]}
 
     for model in models:
         if all(key in rows for key in wanted if key[0] == model):
