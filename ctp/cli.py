@@ -200,7 +200,9 @@ def transfer(
     device: Device = "cpu",
     dtype: Dtype = None,
     plot: Annotated[Path | None, typer.Option(help="draw the ratios and their intervals into this file")] = None,
-    resume: Annotated[bool, typer.Option(help="keep the cells that an interrupted run has written to --json")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="keep the cells that an interrupted run has written to --json, known by their names")
+    ] = False,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:

@@ -2,6 +2,5 @@
 
 from .perplexity import PerplexityResult as PerplexityResult
 from .perplexity import perplexity as perplexity
-from .perplexity import window_losses as window_losses
 from .tasks import evaluate_tasks as evaluate_tasks
 from .transfer import transfer as transfer

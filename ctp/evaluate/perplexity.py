@@ -18,7 +18,7 @@ from ctp_kernels.errors import CTPError
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """nll: sum over the scored tokens, in nats.
+    """nll: sum over the scored tokens, in nats; window_nll: that of each window (n,), which `as_dict` leaves out.
 
     `perplexity_published_divisor` divides by the prompt positions too, as the method's published code does; it is
     lower than the perplexity whenever there is a prompt, and is here only to compare with printed figures.
@@ -29,11 +29,13 @@ class PerplexityResult:
     tokens: int
     prompt_tokens: int
     perplexity_published_divisor: float
+    window_nll: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "window_nll"}
 
 
+@torch.no_grad()
 def perplexity(
     model: nn.Module,
     windows: Windows,
@@ -49,8 +51,23 @@ def perplexity(
     `ctp.prompt.kv.prompted_logits`. The perplexity may be infinite. Raises CTPError for outputs that hold NaN, and for
     windows without a scored token.
     """
-    losses = window_losses(model, windows, prompt=prompt, batch_size=batch_size, mode=mode, progress=progress)
-    nll, tokens = losses.sum().item(), int(windows.scored[:, 1:].sum())
+    tokens = int(windows.scored[:, 1:].sum())
+    if not tokens:
+        raise CTPError("the windows hold no token to score: use longer ones")
+    device = next(model.parameters()).device
+    if isinstance(prompt, SoftPrompt) and mode == "kv":
+        prompt = prompt_cache(model, prompt)
+    per_window: list[float] = []
+    for start in tqdm(range(0, len(windows), batch_size), unit="batch", disable=None if progress else True):
+        ids = windows.ids[start : start + batch_size].to(device)
+        scored = windows.scored[start : start + batch_size, 1:].to(device)
+        logits = prompted_logits(model, ids[:, :-1], prompt=prompt, mode=mode)
+        for row, targets, mask in zip(logits, ids[:, 1:], scored, strict=True):  # by row: one window in fp32 at a time
+            losses = torch.nn.functional.cross_entropy(row.float(), targets, reduction="none")
+            per_window.append(losses[mask].double().sum().item())
+    nll = sum(per_window)
+    if math.isnan(nll):
+        raise CTPError("the model's outputs hold NaN: load it in fp32 or bf16, or check its weights")
     offset = 0 if prompt is None else len(prompt)
     return PerplexityResult(
         perplexity=_exp(nll / tokens),
@@ -58,36 +75,8 @@ def perplexity(
         tokens=tokens,
         prompt_tokens=offset,
         perplexity_published_divisor=_exp(nll / (tokens + offset * len(windows))),
+        window_nll=per_window,
     )
-
-
-@torch.no_grad()
-def window_losses(
-    model: nn.Module,
-    windows: Windows,
-    *,
-    prompt: SoftPrompt | PromptCache | None = None,
-    batch_size: int = 8,
-    mode: str = "kv",
-    progress: bool = False,
-) -> torch.Tensor:
-    """The NLL of each window's scored tokens, in nats, fp64 (n,); see `perplexity`, which is made of them."""
-    if not windows.scored[:, 1:].any():
-        raise CTPError("the windows hold no token to score: use longer ones")
-    device = next(model.parameters()).device
-    if isinstance(prompt, SoftPrompt) and mode == "kv":
-        prompt = prompt_cache(model, prompt)
-    nll: list[float] = []
-    for start in tqdm(range(0, len(windows), batch_size), unit="batch", disable=None if progress else True):
-        ids = windows.ids[start : start + batch_size].to(device)
-        scored = windows.scored[start : start + batch_size, 1:].to(device)
-        logits = prompted_logits(model, ids[:, :-1], prompt=prompt, mode=mode)
-        for row, targets, mask in zip(logits, ids[:, 1:], scored, strict=True):  # by row: one window in fp32 at a time
-            losses = torch.nn.functional.cross_entropy(row.float(), targets, reduction="none")
-            nll.append(losses[mask].double().sum().item())
-    if any(map(math.isnan, nll)):
-        raise CTPError("the model's outputs hold NaN: load it in fp32 or bf16, or check its weights")
-    return torch.tensor(nll, dtype=torch.float64)
 
 
 def _exp(value: float) -> float:

@@ -17,7 +17,7 @@ from ctp.prompt.soft import SoftPrompt
 from ctp_kernels.errors import CTPError
 from ctp_kernels.files import write_json
 
-from .perplexity import window_losses
+from .perplexity import perplexity
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -58,7 +58,8 @@ def transfer(
     ratio's is taken over differences window by window: it is far narrower than the perplexities' own.
 
     A window leaves room for the longest prompt, with and without one. The result is written to `path` after every
-    cell; with `resume`, cells that stand there already are kept. `where` goes to `load_model`. Raises CTPError for
+    cell; with `resume`, cells that stand there already are kept, by the names of model, text and prompt: what was made
+    anew under an old name is not seen. `where` goes to `load_model`. Raises CTPError for
     names given twice, for a file of other settings, and as `load_model`, `SoftPrompt.load` and `perplexity` do.
     """
     names: list[str | None] = [None, *map(str, prompts)]
@@ -94,17 +95,23 @@ def transfer(
                 key = (model, text, name)
                 if key in rows:
                     continue
-                losses = window_losses(net, windows, prompt=softs[name], batch_size=batch_size, progress=progress)
-                without = losses.tolist() if name is None else rows[model, text, None]["nll"]
-                base = torch.tensor([math.inf if nll is None else nll for nll in without], dtype=torch.float64)
+                measured = perplexity(net, windows, prompt=softs[name], batch_size=batch_size, progress=progress)
+                nll = measured.window_nll
                 row: dict[str, Any] = {"model": model, "data": text, "prompt": name, "length": window}
-                row |= _exponents("perplexity", interval(losses, tokens))
-                row |= _exponents("ratio", interval(losses - base, tokens)) if name else {}
-                row |= {"nll": losses.tolist(), "tokens": tokens.long().tolist()}  # of each window
+                row |= _exponents("perplexity", interval(_losses(nll), tokens))
+                if name is not None:
+                    base = _losses(rows[model, text, None]["nll"])
+                    row |= _exponents("ratio", interval(_losses(nll) - base, tokens))
+                row |= {"nll": nll, "tokens": tokens.long().tolist()}  # of each window
                 rows[key] = row
                 if path is not None:
                     write_json(path, result())
     return result()
+
+
+def _losses(nll: list[float]) -> torch.Tensor:
+    """Windows (n,); in JSON an infinite one reads as None."""
+    return torch.tensor([math.inf if value is None else value for value in nll], dtype=torch.float64)
 
 
 def _exponents(name: str, values: tuple[float, float, float]) -> dict[str, float | None]:

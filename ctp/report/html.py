@@ -1,4 +1,4 @@
-"""One HTML page with its pictures inside, from the demo's results.json."""
+"""One HTML page with its pictures inside, from the demo's results.json; and the picture of a transfer matrix."""
 
 from __future__ import annotations
 
@@ -113,9 +113,7 @@ def transfer_figure(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xticks(range(len(prompts)), prompts, fontsize=8)
     axis.set_ylabel("perplexity over that without a prompt")
     figure.legend(loc="outside right upper", fontsize=8)
-    data_out = io.BytesIO()
-    figure.savefig(data_out, format=path.suffix[1:], dpi=110)
-    write_bytes(path, data_out.getvalue())
+    write_bytes(path, _drawn(figure, path.suffix[1:]))
 
 
 def _figure(width: float, height: float):
@@ -125,7 +123,11 @@ def _figure(width: float, height: float):
     return figure, figure.add_subplot()
 
 
-def _image(figure) -> str:
+def _drawn(figure, format: str) -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    figure.savefig(data, format=format, dpi=110)
+    return data.getvalue()
+
+
+def _image(figure) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(_drawn(figure, "png")).decode()}">'
