@@ -110,43 +110,6 @@ inline __m512i high_halves(__m512i v, int i) {
   return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(table.at[i]), v);
 }
 
-// out[0 .. count) = the stored entries from `slot` on, 64 at most; up to 64 are written.
-template <class Pattern, class Values, class G>
-inline void stored64(const Weight& w, int64_t slot, int count, const G& grid, float* out) {
-  constexpr int kStored = Pattern::kBlockStored;
-  // As many as most blocks have are unpacked without a look at the count, which nobody could predict.
-  const int likely = kStored ? kStored : (int)(w.density >> 2) + 12;
-  if constexpr (Values::kGrouped) {
-    const __m512i codes = codes64<Values::kWidth, kStored>(w, slot);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      if (16 * i < likely || 16 * i < count) {
-        const __m128i sixteen = i == 0   ? _mm512_castsi512_si128(codes)
-                                : i == 1 ? _mm512_extracti32x4_epi32(codes, 1)
-                                : i == 2 ? _mm512_extracti32x4_epi32(codes, 2)
-                                         : _mm512_extracti32x4_epi32(codes, 3);
-        store(out + 16 * i, grid(as_float(_mm512_cvtepu8_epi32(sixteen))));
-      }
-  } else {
-    constexpr int kSize = Values::kWidth / 8, kEach = 64 / kSize;
-#pragma GCC unroll 4
-    for (int i = 0; i < kSize; ++i)
-      if (kEach * i < likely || kEach * i < count) {
-        const int64_t at = (slot + kEach * i) * kSize;
-        const __m512i part = bytes_at<kStored ? 64 : 0>(w.stored, at, w.stored_bytes);
-        if constexpr (kSize == 4) {
-          store(out + 16 * i, as_float(part));
-        } else {
-          const __m256i half[2] = {_mm512_castsi512_si256(part), _mm512_extracti64x4_epi64(part, 1)};
-          for (int j = 0; j < 2; ++j)
-            store(out + 32 * i + 16 * j, Values::kBrain
-                                             ? as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half[j]), 16))
-                                             : _mm512_cvtph_ps(half[j]));
-        }
-      }
-  }
-}
-
 template <class Pattern, class Values>
 struct Blocks {
   using G = decltype(Values::grid(Weight(), 0, 0));

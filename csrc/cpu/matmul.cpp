@@ -24,7 +24,7 @@ struct Decoder {
   // out[0 .. k1 - k0) = W[row, k0 .. k1), then zeros up to a multiple of W
   int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* out);
   // the list of W[row, k0 .. k1): lists.h
-  int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t pitch, List& list);
+  int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, List& list);
   Start start;
   // dots.h: where it can, for 1, 2 and 4 rows of x
   bool (*in_blocks)(const Weight&);

@@ -12,14 +12,15 @@
 //   kSkipVectors, kSkipFours                 vectors of rows in a slice of skip.h; up to how many of them take four sums
 //   load store zero set1 add mul fma sum     as named; fma(a, b, c) = a * b + c
 //   held_load(p)                             load, and not again for every use (GCC would, to save registers)
-//   repeat(p) pick<i>(v)                     p[0 .. 4) again and again; element i of that in every lane
+//   repeat(p) pick<i>(v)                     p[0 .. 4), fp32 or bf16, again and again; element i of that in every lane
 //   sum4(a, b, c, d, out)                    out[0..3] += the four sums
 //   first(v, count)                          lanes below count, zeros above
+//   drop(v, count)                           lane i is lane i + count of v, any number past the last; count < 8
 //   expand(v, bits)                          lane i takes the next lane of v where bit i is set, zero where it is not
 //   keep(v, bits)                            lane i of v where bit i is set, zero where it is not
-//   compress(v, k, pitch, values, places)    appends the lanes that are not zero, and (k + lane) * pitch; how many.
-//                                            Writes W of each.
-//   places64(mask, k, pitch, places)         (k + i) * pitch for each set bit i; how many. Writes 64 + W at most.
+//   compress(v, step, values, places)        appends the lanes that are not zero, and step + lane; how many. Writes W
+//                                            of each.
+//   places64(mask, step, places)             step + i for each set bit i; how many. Writes 64 + W at most.
 //   from_fp32<S> from_fp16<S> from_bf16<S>   widen S elements, S = 8 or W, reading no more than them
 //   to_fp16 to_bf16                          round to nearest even and store W elements
 //   half(bits)                               one fp16 number

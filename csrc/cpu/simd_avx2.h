@@ -20,6 +20,10 @@ inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 inline vf zero() { return _mm256_setzero_ps(); }
 inline vf set1(float v) { return _mm256_set1_ps(v); }
 inline vf repeat(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+inline vf repeat(const uint16_t* p) {
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi32(0x01008080, 0x03028080, 0x05048080, 0x07068080));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(peek<int64_t>(p)), high));
+}
 template <int kLane>
 inline vf pick(vf fours) {
   return _mm256_permute_ps(fours, 0x55 * kLane);
@@ -50,27 +54,29 @@ inline vf keep(vf v, unsigned bits) {
   return _mm256_and_ps(v, as_float(_mm256_cmpeq_epi32(set, bit)));
 }
 
+inline vf drop(vf v, int count) {
+  return _mm256_permutevar8x32_ps(v, _mm256_add_epi32(lanes(), _mm256_set1_epi32(count)));
+}
 inline vf expand(vf v, unsigned bits) {
   const __m128i ranks = _mm_loadl_epi64((const __m128i*)(kRanks.of + bits));
   return keep(_mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(ranks)), bits);
 }
 
-inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+inline int compress(vf v, int64_t step, float* values, uint8_t* places) {
   const unsigned kept = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_NEQ_UQ));
-  const __m128i lanes = _mm_loadl_epi64((const __m128i*)(kSetLanes.of + kept));
-  store(values, _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(lanes)));
-  const __m128i at = _mm_add_epi16(_mm_cvtepu8_epi16(lanes), _mm_set1_epi16((short)k));
-  _mm_storeu_si128((__m128i*)places, _mm_mullo_epi16(at, _mm_set1_epi16((short)pitch)));
+  const uint64_t lanes = kSetLanes.of[kept], at = lanes + 0x0101010101010101 * (uint64_t)step;
+  store(values, _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)lanes))));
+  memcpy(places, &at, sizeof at);
   return __builtin_popcount(kept);
 }
 
-inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+inline int places64(uint64_t mask, int64_t step, uint8_t* places) {
   int count = 0;
-  for (int64_t k = step; k < step + 64; k += 8, mask >>= 8) {
+  uint64_t from = 0x0101010101010101 * (uint64_t)step;
+  for (int i = 0; i < 8; ++i, mask >>= 8, from += 0x0808080808080808) {
     const unsigned bits = mask & 0xff;
-    const __m128i at = _mm_add_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(kSetLanes.of + bits))),
-                                     _mm_set1_epi16((short)k));
-    _mm_storeu_si128((__m128i*)(places + count), _mm_mullo_epi16(at, _mm_set1_epi16((short)pitch)));
+    const uint64_t at = kSetLanes.of[bits] + from;
+    memcpy(places + count, &at, sizeof at);
     count += __builtin_popcount(bits);
   }
   return count;

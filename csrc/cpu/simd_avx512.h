@@ -16,6 +16,10 @@ inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 inline vf zero() { return _mm512_setzero_ps(); }
 inline vf set1(float v) { return _mm512_set1_ps(v); }
 inline vf repeat(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+inline vf repeat(const uint16_t* p) {
+  const __m512i high = _mm512_broadcast_i32x4(_mm_setr_epi32(0x01008080, 0x03028080, 0x05048080, 0x07068080));
+  return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64(peek<int64_t>(p)), high));
+}
 template <int kLane>
 inline vf pick(vf fours) {
   return _mm512_permute_ps(fours, 0x55 * kLane);
@@ -39,32 +43,33 @@ inline float sum(vf v) {
 
 inline vf keep(vf v, unsigned bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
 inline vf first(vf v, int count) { return keep(v, (1u << count) - 1); }
+inline vf drop(vf v, int count) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(count)), v);
+}
 inline vf expand(vf v, unsigned bits) { return _mm512_maskz_expand_ps((__mmask16)bits, v); }
 
-inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+// Lanes past the count keep what they held: a compress that zeroed them would wait for whatever its register held
+// before (five cycles; Zen 4).
+inline int compress(vf v, int64_t step, float* values, uint8_t* places) {
   const __mmask16 kept = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  const __m256i lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m256i at =
-      _mm256_mullo_epi16(_mm256_add_epi16(lanes, _mm256_set1_epi16((short)k)), _mm256_set1_epi16((short)pitch));
-  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, v));
-  _mm256_storeu_si256((__m256i*)places, _mm256_maskz_compress_epi16(kept, at));
+  const __m128i lanes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m128i at = _mm_add_epi8(lanes, _mm_set1_epi8((char)step));
+  _mm512_storeu_ps(values, _mm512_mask_compress_ps(v, kept, v));
+  _mm_storeu_si128((__m128i*)places, _mm_mask_compress_epi8(at, kept, at));
   return __builtin_popcount(kept);
 }
 
-inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+inline int places64(uint64_t mask, int64_t step, uint8_t* places) {
   alignas(64) static constexpr auto table = [] {
     struct {
-      uint16_t at[64];
+      uint8_t at[64];
     } t{};
-    for (int i = 0; i < 64; ++i) t.at[i] = (uint16_t)i;
+    for (int i = 0; i < 64; ++i) t.at[i] = (uint8_t)i;
     return t;
   }();
-  const __m512i from = _mm512_set1_epi16((short)(step * pitch)), by = _mm512_set1_epi16((short)pitch);
-  const __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_load_si512(table.at), by), from);
-  const __m512i high = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_load_si512(table.at + 32), by), from);
-  _mm512_storeu_si512(places, _mm512_maskz_compress_epi16((uint32_t)mask, low));
-  places += __builtin_popcount((uint32_t)mask);
-  _mm512_storeu_si512(places, _mm512_maskz_compress_epi16((uint32_t)(mask >> 32), high));
+  const __m512i at = _mm512_add_epi8(_mm512_load_si512(table.at), _mm512_set1_epi8((char)step));
+  _mm512_storeu_si512(places, _mm512_mask_compress_epi8(at, mask, at));
   return __builtin_popcountll(mask);
 }
 
@@ -109,10 +114,9 @@ inline vf codes8(const uint8_t* p) {
 // Bits above a code stay in its lane: Grid looks at the low four only.
 template <int S>
 inline vf codes4(const uint8_t* p) {
-  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  __m512i words = _mm512_set1_epi32(peek<int32_t>(p));
-  if (S == 16) words = _mm512_mask_set1_epi32(words, 0xff00, peek<int32_t>(p + 4));
-  return as_float(_mm512_srlv_epi32(words, shifts));
+  const __m512i bytes =
+      _mm512_cvtepu8_epi64(S == 8 ? _mm_cvtsi32_si128(peek<int32_t>(p)) : _mm_loadl_epi64((const __m128i*)p));
+  return as_float(_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28)));
 }
 template <int S>
 inline __m512i pairs_of_bits(const uint8_t* p) {

@@ -31,26 +31,27 @@ inline vf pick_lanes(vf v, uint8x8_t lanes) {
   return {(vf::Half)vqtbl2q_u8(table, vzip1q_u8(twice, twice) | bytes),
           (vf::Half)vqtbl2q_u8(table, vzip2q_u8(twice, twice) | bytes)};
 }
+inline vf drop(vf v, int count) {
+  return pick_lanes(v, vadd_u8(vcreate_u8(0x0706050403020100), vdup_n_u8((uint8_t)count)));
+}
 inline vf expand(vf v, unsigned bits) { return pick_lanes(v, vcreate_u8(kRanks.of[bits])); }
 
-inline void store_places(uint16_t* places, uint8x8_t lanes, int64_t k, int64_t pitch) {
-  vst1q_u16(places, vmulq_n_u16(vaddw_u8(vdupq_n_u16((uint16_t)k), lanes), (uint16_t)pitch));
-}
-inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+inline int compress(vf v, int64_t step, float* values, uint8_t* places) {
   const vi bit = {1, 2, 4, 8, 16, 32, 64, 128}, set = bit & ((vi)(v == zero()) == 0);
   const unsigned kept = (unsigned)vaddvq_s32(set.lo + set.hi);
   const uint8x8_t lanes = vcreate_u8(kSetLanes.of[kept]);
   store(values, pick_lanes(v, lanes));
-  store_places(places, lanes, k, pitch);
+  vst1_u8(places, vadd_u8(lanes, vdup_n_u8((uint8_t)step)));
   return __builtin_popcount(kept);
 }
 
 // Bits of each byte.
 inline uint64_t counts(uint64_t bits) { return vget_lane_u64(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(bits))), 0); }
-inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+inline int places64(uint64_t mask, int64_t step, uint8_t* places) {
   const uint64_t up_to = counts(mask) * 0x0101010101010101;
   for (int i = 0; i < 64; i += 8)
-    store_places(places + (up_to << 8 >> i & 0xff), vcreate_u8(kSetLanes.of[mask >> i & 0xff]), step + i, pitch);
+    vst1_u8(places + (up_to << 8 >> i & 0xff),
+            vadd_u8(vcreate_u8(kSetLanes.of[mask >> i & 0xff]), vdup_n_u8((uint8_t)(step + i))));
   return (int)(up_to >> 56);
 }
 

@@ -43,6 +43,11 @@ inline void store(float* p, vf v) {
 inline vf zero() { return vf{}; }
 inline vf set1(float v) { return v; }
 inline vf repeat(const float* p) { return {peek<vf::Half>(p), peek<vf::Half>(p)}; }
+inline vf repeat(const uint16_t* p) {
+  typedef uint16_t Four __attribute__((vector_size(8)));
+  const vf::Half four = (vf::Half)(__builtin_convertvector(peek<Four>(p), vi::Half) << 16);
+  return {four, four};
+}
 inline vf add(vf a, vf b) { return a + b; }
 inline vf mul(vf a, vf b) { return a * b; }
 

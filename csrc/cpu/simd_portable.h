@@ -23,6 +23,11 @@ inline void sum4(vf a, vf b, vf c, vf d, float* out) {
   out[3] += sum(d);
 }
 
+inline vf drop(vf v, int count) {
+  float entries[16] = {};
+  store(entries, v);
+  return load(entries + count);
+}
 inline vf expand(vf v, unsigned bits) {
   float entries[8], out[8] = {};
   store(entries, v);
@@ -31,19 +36,19 @@ inline vf expand(vf v, unsigned bits) {
   return load(out);
 }
 
-inline int compress(vf v, int64_t k, int64_t pitch, float* values, uint16_t* places) {
+inline int compress(vf v, int64_t step, float* values, uint8_t* places) {
   int count = 0;
   for (int lane = 0; lane < 8; ++lane)
     if (v[lane] != 0) {
       values[count] = v[lane];
-      places[count++] = (uint16_t)((k + lane) * pitch);
+      places[count++] = (uint8_t)(step + lane);
     }
   return count;
 }
 
-inline int places64(uint64_t mask, int64_t step, int64_t pitch, uint16_t* places) {
+inline int places64(uint64_t mask, int64_t step, uint8_t* places) {
   int count = 0;
-  for (; mask; mask &= mask - 1) places[count++] = (uint16_t)((step + __builtin_ctzll(mask)) * pitch);
+  for (; mask; mask &= mask - 1) places[count++] = (uint8_t)(step + __builtin_ctzll(mask));
   return count;
 }
 

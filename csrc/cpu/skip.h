@@ -22,18 +22,18 @@ constexpr int64_t kSkipStride = kSkipWidth + W;
 constexpr int64_t kSkipWide = kListMost + W;
 constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
 
-// c[0 .. kV W) += the list times xt. kChains sums for each vector hide the latency of an add.
-template <int kV, int kChains>
+// c[0 .. kV W) += the list, of bf16 as it is stored or not, times xt. kChains sums for each vector hide the latency of
+// an add.
+template <int kV, int kChains, bool kStored>
 void skip_tile(const List& list, const float* xt, float* c) {
   vf acc[kV * kChains];
 #pragma GCC unroll 16
   for (int j = 0; j < kV * kChains; ++j) acc[j] = zero();
-  for (int i = 0; i < list.count; i += kSkipPad) {
-    // One load of values and one of places for four entries: loads are what limits this loop.
-    const vf values = repeat(list.values + i);
-    const uint64_t places = peek<uint64_t>(list.places + i);
+  // One load of values and one of places for four entries: loads are what limits this loop.
+  const auto four = [&](vf values, int i) __attribute__((always_inline)) {
+    const uint32_t places = peek<uint32_t>(list.places + i);
     const auto entry = [&](vf value, int e) {
-      const float* x = (const float*)((const char*)xt + (places >> 16 * e & 0xffff));
+      const float* x = xt + (places >> 8 * e & 0xff) * (kV * W);
 #if defined(__aarch64__)
       asm("" : "+r"(x));  // or GCC adds the place to the address of every vector of xt
 #endif
@@ -47,6 +47,12 @@ void skip_tile(const List& list, const float* xt, float* c) {
     entry(pick<1>(values), 1);
     entry(pick<2>(values), 2);
     entry(pick<3>(values), 3);
+  };
+  if constexpr (kStored) {
+    for (int i = 0; i < list.count; i += kSkipPad) four(repeat(list.stored + i), i);
+    four(repeat(list.last), list.count);
+  } else {
+    for (int i = 0; i < list.count; i += kSkipPad) four(repeat(list.values + i), i);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < kV; ++v) {
@@ -57,14 +63,11 @@ void skip_tile(const List& list, const float* xt, float* c) {
 }
 
 using SkipTile = void (*)(const List&, const float*, float*);
-template <int kV>
+template <int kV, bool kStored>
 SkipTile skip_tile_of(int vectors, bool four) {
-  if constexpr (kV == 1)
-    return four ? skip_tile<1, 4> : skip_tile<1, 2>;
-  else if (vectors == kV)
-    return four && kV <= kSkipFours ? skip_tile < kV, kV <= kSkipFours ? 4 : 2 > : skip_tile<kV, 2>;
-  else
-    return skip_tile_of<kV - 1>(vectors, four);
+  constexpr int kFour = kV <= kSkipFours ? 4 : 2;
+  if (kV == 1 || vectors == kV) return four ? skip_tile<kV, kFour, kStored> : skip_tile<kV, 2, kStored>;
+  if constexpr (kV > 1) return skip_tile_of<kV - 1, kStored>(vectors, four);
 }
 
 // How `rows` rows of x, a block of a thread's share, are cut into slices. What decides the order of a sum (steps) comes
@@ -73,23 +76,20 @@ struct Slices {
   int64_t height;          // of a slice, in vectors of rows, at most
   int64_t vectors, count;  // of rows; of slices
   int64_t steps;           // of the sum that a slice holds
-  int64_t pitch;           // bytes from a step to the next
   Slices(const Job& job, int64_t rows) {
     const int64_t all = (least(job.m, kSkipBlock) + W - 1) / W, fewest = (all + kSkipVectors - 1) / kSkipVectors;
     height = (all + fewest - 1) / fewest;
     vectors = (rows + W - 1) / W;
     count = (vectors + height - 1) / height;
-    steps = kSkipFloats / (height * W) / kSkipDepth * kSkipDepth;
-    if (job.transposed) steps = least(steps, kSkipColumn);
-    pitch = height * W * 4;
+    steps = least(kSkipFloats / (height * W) / kSkipDepth * kSkipDepth, job.transposed ? kSkipColumn : kListMost);
   }
   int64_t begin(int64_t slice) const { return vectors * slice / count; }  // its first vector
 };
 
 int64_t skip_floats(int64_t rows) {
   const int64_t block = round_up(least(rows, kSkipBlock), W);
-  return kSkipFloats + kSkipWidth * block + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost) +
-         kSkipColumn * kSkipStride + kSkipWidth * (kSkipColumn + W) + W * kSkipWide;
+  return kSkipFloats + kSkipWidth * block + kSkipWidth * list_floats(kListMost) + kSkipColumn * kSkipStride +
+         kSkipWidth * (kSkipColumn + W) + W * kSkipWide;
 }
 
 // Memory of a thread.
@@ -99,7 +99,7 @@ struct Skip {
       : slice(scratch),
         c(slice + kSkipFloats),
         lists(c + kSkipWidth * block),
-        rows(lists + kSkipWidth * list_floats(kSkipColumn) + list_floats(kListMost)),
+        rows(lists + kSkipWidth * list_floats(kListMost)),
         columns(rows + kSkipColumn * kSkipStride),
         wide(columns + kSkipWidth * (kSkipColumn + W)) {}
 };
@@ -107,7 +107,7 @@ struct Skip {
 // Lists of columns k0 .. k0 + width - 1 of W, rows n0 .. n0 + depth - 1
 template <class Decoder>
 void list_columns(const Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t width,
-                  int64_t pitch, const Skip& memory, List* lists) {
+                  const Skip& memory, List* lists) {
   const int64_t there = round_up(depth, kSkipDepth), stride = kSkipColumn + W;
   for (int64_t r = 0; r < there; ++r)
     if (r < depth)
@@ -119,9 +119,10 @@ void list_columns(const Weight& w, const Decoder& decoder, int64_t n0, int64_t d
     for (int64_t c = 0; c < width; c += 4)
       transpose4(memory.rows + r * kSkipStride + c, kSkipStride, memory.columns + c * stride + r, stride);
   for (int64_t c = 0; c < width; ++c) {
-    lists[c].count = 0;
-    for (int64_t r = 0; r < there; r += kSkipDepth) append_dense(memory.columns + c * stride + r, r, pitch, lists[c]);
-    end_list(lists[c]);
+    int count = 0;
+    for (int64_t r = 0; r < there; r += kSkipDepth)
+      count = append_dense(memory.columns + c * stride + r, r, lists[c], count);
+    end_list(lists[c], count);
   }
 }
 
@@ -135,34 +136,33 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
     for (int64_t c0 = part.column0; c0 < part.column1; c0 += kSkipWidth) {
       const int64_t m = least(part.row1 - m0, block), width = least(part.column1 - c0, kSkipWidth);
       const Slices slices(job, m);
-      const bool four = slices.height <= kSkipFours;
-      // Few rows: lists are long, and used as soon as they are made. Otherwise, all lists of the panel are made first.
+      const bool four = slices.height <= kSkipFours, stored = w.values == CTP_BF16 && !job.transposed;
+      // Few rows: lists are long, and used when the next one has been made (a load that needs two stores waits until
+      // both have left for L1). Otherwise, all lists of the panel are made first.
       const bool at_once = slices.count == 1 && slices.height <= 3 && !job.transposed;
       List lists[kSkipWidth];
       int64_t slots[kSkipWidth];
       for (int64_t i = 0; i < width; ++i) {
-        lists[i] = at_once ? list_at(memory.lists, slices.steps)
-                           : list_at(memory.lists + i * list_floats(slices.steps), slices.steps);
+        lists[i] = list_at(memory.lists + (at_once ? i & 1 : i) * list_floats(slices.steps), slices.steps);
         if (!job.transposed) slots[i] = decoder.start(w, c0 + i, 0);
       }
       memset(memory.c, 0, sizeof(float) * (size_t)(width * block));
       for (int64_t r0 = 0; r0 < depth; r0 += slices.steps) {
         const int64_t length = least(depth - r0, slices.steps);
-        const auto list = [&](int64_t i) {
-          slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], slices.pitch, lists[i]);
-        };
+        const auto list = [&](int64_t i) { slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], lists[i]); };
         if (job.transposed)
-          list_columns(w, decoder, r0, length, c0, width, slices.pitch, memory, lists);
-        else if (!at_once)
-          for (int64_t i = 0; i < width; ++i) list(i);
+          list_columns(w, decoder, r0, length, c0, width, memory, lists);
+        else
+          for (int64_t i = 0; i < (at_once ? 1 : width); ++i) list(i);
         for (int64_t s = 0; s < slices.count; ++s) {
           const int64_t first = slices.begin(s), next = slices.begin(s + 1);
           transpose_rows(job, m0 + first * W, m - first * W, next - first, r0, length, memory.wide, kSkipWide,
-                         memory.slice, slices.pitch / 4);
-          const SkipTile tile = skip_tile_of<kSkipVectors>((int)(next - first), four);
+                         memory.slice, (next - first) * W);
+          const auto tile_of = stored ? skip_tile_of<kSkipVectors, true> : skip_tile_of<kSkipVectors, false>;
+          const SkipTile tile = tile_of((int)(next - first), four);
           float* c = memory.c + first * W * width;  // of a slice (columns, its rows): in the order of use
           for (int64_t i = 0; i < width; ++i, c += (next - first) * W) {
-            if (at_once) list(i);
+            if (at_once && i + 1 < width) list(i + 1);
             tile(lists[i], memory.slice, c);
           }
         }
@@ -202,9 +202,9 @@ inline bool skips(const Job& job, bool brain) {
   const bool few = share < 0.35;
   if (share > 0.6 || (brain && !few)) return false;
   if (job.transposed) return job.m >= (brain ? 128 : few ? 32 : 80);
-  // Of a vector of rows of x, nearly all have to be there: an empty lane costs as much as a row.
-  const int64_t full = 7 * W / 8 * ((job.m + W - 1) / W);
-  return job.m > kDotLimit || (!brain && job.m >= 12 && (few || job.m >= full));
+  // Of a vector of rows of x, most have to be there: an empty lane costs as much as a row.
+  const int64_t full = 3 * W / 4 * ((job.m + W - 1) / W);
+  return job.m > kDotLimit || (!brain && (few ? job.m >= 7 : job.m >= 12 && job.m >= full));
 }
 
 }  // namespace
