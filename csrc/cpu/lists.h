@@ -117,22 +117,20 @@ inline int64_t list_values(const Weight& w, int64_t row, int64_t k0, int64_t k1,
   return slot;
 }
 
-// The list of W[row, k0 .. k1), at most kListMost inputs; as decode() in decode.h.
+// The list of W[row, k0 .. k1), at most kListMost inputs; as decode() in decode.h, but it prefetches nothing.
 template <class Pattern, class Values>
 int64_t list_row(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, List& list) {
-  if constexpr (Pattern::kSparse && Values::kBrain)
-    slot = list_stored(w, row, k0, k1, slot, list);
-  else
-    slot = list_values<Pattern, Values>(w, row, k0, k1, slot, list);
-  // The row's next list comes after those of all other rows, and so does another row's first: nobody else sees that
-  // they will be wanted.
-  const auto want = [&](int64_t row, int64_t k, int64_t slot) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < Pattern::entries(w, k1 - k0); i += 64) Values::ahead(w, slot, i);
-    __builtin_prefetch(bitmap(w, row, k + 64));
-  };
-  want(row, k1, slot);
-  if (const int64_t later = row + kRowsAhead; k0 == 0 && later < w.n) want(later, 0, Pattern::start(w, later, 0));
-  return slot;
+  if constexpr (Pattern::kSparse && Values::kBrain) return list_stored(w, row, k0, k1, slot, list);
+  return list_values<Pattern, Values>(w, row, k0, k1, slot, list);
+}
+
+// Prefetches what list_row reads, or what its list points to.
+template <class Pattern, class Values>
+void list_ahead(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot) {
+  // And some more: entries begin anywhere in a line, and half the lists have more than on average.
+  for (int64_t i = 0; i < Pattern::entries(w, k1 - k0) + 64; i += 64) Values::ahead(w, slot, i);
+  __builtin_prefetch(bitmap(w, row, k0));
+  asm volatile("");  // or GCC takes this for a function without effects: see prefetch() in values.h
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct Decoder {
   int64_t (*decode)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, float* out);
   // the list of W[row, k0 .. k1): lists.h
   int64_t (*list)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot, List& list);
+  void (*list_ahead)(const Weight&, int64_t row, int64_t k0, int64_t k1, int64_t slot);
   Start start;
   // dots.h: where it can, for 1, 2 and 4 rows of x
   bool (*in_blocks)(const Weight&);
@@ -45,6 +46,7 @@ template <class Pattern, class Values>
 struct Composed {
   static constexpr Decoder kDecoder = {decode<Pattern, Values>,
                                        list_row<Pattern, Values>,
+                                       list_ahead<Pattern, Values>,
                                        Pattern::start,
                                        in_blocks<Values>,
                                        reorder_row<Pattern, Values>,

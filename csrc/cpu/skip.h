@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kSkipWidth = 256;  // columns of a panel
 constexpr int64_t kSkipBlock = 512;  // rows of x that share a panel
+constexpr int64_t kListsAhead = 16;
 constexpr int64_t kSkipStride = kSkipWidth + W;
 constexpr int64_t kSkipWide = kListMost + W;
 constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
@@ -137,23 +138,29 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
       const int64_t m = least(part.row1 - m0, block), width = least(part.column1 - c0, kSkipWidth);
       const Slices slices(job, m);
       const bool four = slices.height <= kSkipFours, stored = w.values == CTP_BF16 && !job.transposed;
-      // Few rows: lists are long, and used when the next one has been made (a load that needs two stores waits until
-      // both have left for L1). Otherwise, all lists of the panel are made first.
-      const bool at_once = slices.count == 1 && slices.height <= 3 && !job.transposed;
+      const bool kept = slices.count > 1 || job.transposed;  // lists, until the last slice has used them
       List lists[kSkipWidth];
       int64_t slots[kSkipWidth];
       for (int64_t i = 0; i < width; ++i) {
-        lists[i] = list_at(memory.lists + (at_once ? i & 1 : i) * list_floats(slices.steps), slices.steps);
+        lists[i] = list_at(memory.lists + (kept ? i : i & 1) * list_floats(slices.steps), slices.steps);
         if (!job.transposed) slots[i] = decoder.start(w, c0 + i, 0);
       }
       memset(memory.c, 0, sizeof(float) * (size_t)(width * block));
       for (int64_t r0 = 0; r0 < depth; r0 += slices.steps) {
         const int64_t length = least(depth - r0, slices.steps);
-        const auto list = [&](int64_t i) { slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], lists[i]); };
+        const auto list = [&](int64_t i) {
+          // Nobody else sees that these bytes will be wanted: lists of a row are far apart in time, of a step in memory.
+          const int64_t later = i + kListsAhead, far = later - width, k = far < 0 ? r0 : r0 + length;
+          if (k < depth) {
+            const int64_t j = far < 0 ? later : least(far, i);
+            decoder.list_ahead(w, c0 + j, k, least(k + slices.steps, depth), slots[j]);
+          }
+          slots[i] = decoder.list(w, c0 + i, r0, r0 + length, slots[i], lists[i]);
+        };
         if (job.transposed)
           list_columns(w, decoder, r0, length, c0, width, memory, lists);
         else
-          for (int64_t i = 0; i < (at_once ? 1 : width); ++i) list(i);
+          list(0);
         for (int64_t s = 0; s < slices.count; ++s) {
           const int64_t first = slices.begin(s), next = slices.begin(s + 1);
           transpose_rows(job, m0 + first * W, m - first * W, next - first, r0, length, memory.wide, kSkipWide,
@@ -162,7 +169,8 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
           const SkipTile tile = tile_of((int)(next - first), four);
           float* c = memory.c + first * W * width;  // of a slice (columns, its rows): in the order of use
           for (int64_t i = 0; i < width; ++i, c += (next - first) * W) {
-            if (at_once && i + 1 < width) list(i + 1);
+            // The next list is made before this one is used: a load that needs two stores waits for both to reach L1.
+            if (s == 0 && !job.transposed && i + 1 < width) list(i + 1);
             tile(lists[i], memory.slice, c);
           }
         }
