@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int64_t kSkipDepth = 64;                // steps of the sum in a list, at least
-constexpr int64_t kSkipFloats = kSkipDepth * 96;  // of the slice of x, 24 KB: more steps where it is narrow
+constexpr int64_t kSkipFloats = kSkipDepth * 128;  // of the slice of x, 32 KB (24 or 48: slower): more steps if narrow
 constexpr int64_t kListMost = 256;                // steps of a list, at most: a place is a byte
 constexpr int kSkipPad = 4;                       // a list is read so many entries at a time
 
