@@ -57,6 +57,7 @@ inline __m512i plane_codes(const uint8_t* plane, int64_t slot, int64_t bytes) {
   return _mm512_and_si512(fields, _mm512_set1_epi8((1 << kBits) - 1));
 }
 
+// 64 codes, one a byte; in dense int3 the bits above it are any.
 template <int kBits, int kStored>
 inline __m512i codes64(const Weight& w, int64_t slot) {
   const uint8_t* low = (const uint8_t*)w.stored;
@@ -67,8 +68,22 @@ inline __m512i codes64(const Weight& w, int64_t slot) {
     return _mm512_zextsi256_si512(_mm256_and_si256(twice, _mm256_set1_epi8(15)));
   }
   if constexpr (kBits == 4 || kBits == 2) return plane_codes<kBits, kStored>(low, slot, w.stored_bytes);
-  const __m512i pairs = plane_codes<2, kStored>(low, slot, w.stored_bytes);
   const uint8_t* high = (const uint8_t*)w.stored_hi;
+  if constexpr (kStored == 64) {  // without a mask register, which takes turns of the unit that multiplies (Zen 4)
+    alignas(64) static constexpr auto bits = [] {
+      struct {
+        uint8_t low[64], high[64];  // where byte i of the result begins in its eight codes, and in the high plane
+      } t{};
+      for (int i = 0; i < 64; ++i) t.low[i] = (uint8_t)(2 * (i % 8)), t.high[i] = (uint8_t)((i + 62) % 64);
+      return t;
+    }();
+    const __m512i eights = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)(low + (slot >> 2))));
+    const __m512i twos = _mm512_multishift_epi64_epi8(_mm512_load_si512(bits.low), eights);
+    const __m512i fours = _mm512_multishift_epi64_epi8(_mm512_load_si512(bits.high),
+                                                       _mm512_set1_epi64(peek<int64_t>(high + (slot >> 3))));
+    return _mm512_ternarylogic_epi32(twos, fours, _mm512_set1_epi8(3), 0xe4);  // the low bits of twos, others of fours
+  }
+  const __m512i pairs = plane_codes<2, kStored>(low, slot, w.stored_bytes);
   __mmask64 fours;
   if constexpr (kStored == 64)
     fours = peek<uint64_t>(high + (slot >> 3));
@@ -181,7 +196,9 @@ struct Blocks {
 
   // out[0 .. 64) = the codes, one a byte; `pruned` where there is no entry
   static void codes(const Weight&, const Held& held, int pruned, uint8_t* out) {
-    const __m512i all = held.part[0], none = _mm512_set1_epi8((char)pruned);
+    const __m512i none = _mm512_set1_epi8((char)pruned);
+    const __m512i all =
+        Values::kWidth == 3 && !Pattern::kSparse ? _mm512_and_si512(held.part[0], _mm512_set1_epi8(7)) : held.part[0];
     _mm512_storeu_si512(out, Pattern::kSparse ? _mm512_mask_mov_epi8(none, held.mask, all) : all);
   }
 

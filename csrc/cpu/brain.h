@@ -33,14 +33,17 @@ struct Brain {
   using B = Blocks<Pattern, Values>;
   static constexpr bool kTable = Values::kGrouped && Values::kWidth <= 4;
   typename B::G grids[2];  // of the halves of a block
-  __m512i tables[2];       // of a grid's values, and zeros for pruned entries, whose code has bit 4 (blocks_avx512.h)
+  __m512i tables[2];       // of a grid's values twice, or once and zeros for pruned entries, whose code has bit 4
   Brain() = default;
   CTP_BRAIN Brain(const Weight& w, int64_t row, const Run& run) {
     grids[0] = Values::grid(w, row, run.group);
     grids[1] = run.second == run.group ? grids[0] : Values::grid(w, row, run.second);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
-      if constexpr (kTable) tables[i] = _mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(grids[i].table));
+      if constexpr (kTable) {
+        const __m256i table = (__m256i)_mm512_cvtneps_pbh(grids[i].table);
+        tables[i] = Pattern::kSparse ? _mm512_zextsi256_si512(table) : _mm512_broadcast_i64x4(table);
+      }
   }
   // Inputs 32 i .. 32 i + 31 of a block.
   CTP_BRAIN __m512i lanes(const Weight& w, const Held& held, int i) const {

@@ -89,9 +89,10 @@ void set_digits(const Digits& x, const int32_t* integers, int zero_code) {
 // 2^8 first + second, where first is a sum of products of two blocks' digits with codes of kBits bits
 template <int kBits>
 inline vi join(vi first, vi second) {
-  if constexpr (kBits == 8) return (first << 8) + second;
-  // It has 16 bits: see digit_dots().
-  return (vi)_mm512_dpwssd_epi32((__m512i)second, (__m512i)first, _mm512_set1_epi32(1 << 8));
+  // Int3 has shifts enough already (Zen 4: 14.8 instead of 15.4 cycles for 128 codes; int4 14.7 instead of 14.1). Its
+  // sums have 16 bits: see digit_dots().
+  if constexpr (kBits == 3) return (vi)_mm512_dpwssd_epi32((__m512i)second, (__m512i)first, _mm512_set1_epi32(1 << 8));
+  return (first << 8) + second;
 }
 
 // sums[r] += W[n + r, whole units] . x, for four r, where a unit is kBlocks blocks. slots[r]: where row n + r stands,

@@ -5,10 +5,10 @@
 
 namespace {
 
-constexpr int64_t kSkipDepth = 64;                // steps of the sum in a list, at least
+constexpr int64_t kSkipDepth = 64;                 // steps of the sum in a list, at least
 constexpr int64_t kSkipFloats = kSkipDepth * 128;  // of the slice of x, 32 KB (24 or 48: slower): more steps if narrow
-constexpr int64_t kListMost = 256;                // steps of a list, at most: a place is a byte
-constexpr int kSkipPad = 4;                       // a list is read so many entries at a time
+constexpr int64_t kListMost = 256;                 // steps of a list, at most: a place is a byte
+constexpr int kSkipPad = 4;                        // a list is read so many entries at a time
 
 // values[i] times step places[i] of the slice. Where the weight stores bf16, its stored entries are the values:
 // `stored` holds all but the last kSkipPad or fewer, which are in `last`.

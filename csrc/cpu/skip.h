@@ -149,7 +149,8 @@ void skip_part(const Job& job, const Decoder& decoder, const Part& part, float* 
       for (int64_t r0 = 0; r0 < depth; r0 += slices.steps) {
         const int64_t length = least(depth - r0, slices.steps);
         const auto list = [&](int64_t i) {
-          // Nobody else sees that these bytes will be wanted: lists of a row are far apart in time, of a step in memory.
+          // Nobody else sees that these bytes will be wanted: lists of a row are far apart in time, of a step in
+          // memory.
           const int64_t later = i + kListsAhead, far = later - width, k = far < 0 ? r0 : r0 + length;
           if (k < depth) {
             const int64_t j = far < 0 ? later : least(far, i);
@@ -212,7 +213,8 @@ inline bool skips(const Job& job, bool brain) {
   if (job.transposed) return job.m >= (brain ? 128 : few ? 32 : 80);
   // Of a vector of rows of x, most have to be there: an empty lane costs as much as a row.
   const int64_t full = 3 * W / 4 * ((job.m + W - 1) / W);
-  return job.m > kDotLimit || (!brain && (few ? job.m >= 7 : job.m >= 12 && job.m >= full));
+  if (few) return job.m >= (brain ? 13 : 7);
+  return job.m > kDotLimit || (job.m >= 12 && job.m >= full);
 }
 
 }  // namespace
