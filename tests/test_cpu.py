@@ -150,8 +150,8 @@ def thinned(name: str, shape: tuple[int, int], share: float) -> tuple[PackedWeig
 def test_zeros_are_skipped(data: st.DataObject) -> None:
     """Rows enough, and zeros enough, for skip.h: slices of every height, ragged ends, groups that split a list."""
     name = data.draw(st.sampled_from(THINNED))
-    share = 0.5 if name.startswith("sparse24") else data.draw(st.sampled_from([0.0, 0.1, 0.25, 0.5]))
-    m = data.draw(st.sampled_from([12, 16, 25, 33, 48, 49, 64, 96, 97, 130, 200, 385]))
+    share = 0.5 if name.startswith("sparse24") else data.draw(st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.5]))
+    m = data.draw(st.sampled_from([7, 13, 16, 25, 33, 48, 49, 64, 96, 97, 130, 200, 385]))
     n, k = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 130)) * 4
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     threads = data.draw(st.integers(1, 3))
@@ -176,6 +176,28 @@ def test_skipped_zeros_hide_nothing(bad: float) -> None:
         dx = cpu.matmul_t(dy, packed.tensors, packed.format, k)
         assert torch.equal(y.isnan(), (x @ weight.T.float()).isnan()), isa
         assert torch.equal(dx.isnan(), (dy @ weight.float()).isnan()), isa
+
+
+@pytest.mark.parametrize("m", [7, 40, 130])
+def test_infinite_entries_meet_their_own_input_only(m: int) -> None:
+    """Lists are read four entries at a time: those past an end must not meet x, not even times zero."""
+    n, k = 64, 600
+    weight = torch.randn(n, k) * (torch.rand(n, k) < 0.25)
+    for start in (128, 256, 512):  # where lists of any width begin
+        weight[range(n), start + (weight[:, start:] != 0).int().argmax(1)] = 1e30
+    packed = pack(weight, "unstructured-bf16")
+    stored = packed.tensors[0]
+    stored[stored > 1e29] = float("inf")
+    x = random(m, k, dtype=torch.float32).abs()
+    x[:, ::2] *= -1
+    weight = packed.unpack(torch.float32)
+    assert weight.isinf().sum() == 3 * n
+    expected = torch.where(weight.isinf()[None], weight.sign() * x[:, None], 0.0).sign() * float("inf")
+    expected = expected.nan_to_num(0.0, float("inf"), -float("inf")).sum(-1)  # NaN where both signs meet
+    for isa in isas():
+        y = cpu.matmul(x, packed.tensors, packed.format, n, None)
+        assert torch.equal(y.isnan(), expected.isnan()), isa
+        assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0)), isa
 
 
 @pytest.mark.parametrize("name", NAMES)
