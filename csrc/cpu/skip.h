@@ -213,7 +213,7 @@ inline bool skips(const Job& job, bool brain) {
   if (job.transposed) return job.m >= (brain ? 128 : few ? 32 : 80);
   // Of a vector of rows of x, most have to be there: an empty lane costs as much as a row.
   const int64_t full = 3 * W / 4 * ((job.m + W - 1) / W);
-  if (few) return job.m >= (brain ? 13 : 7);
+  if (few) return job.m >= (brain ? 13 : 9);
   return job.m > kDotLimit || (job.m >= 12 && job.m >= full);
 }
 
