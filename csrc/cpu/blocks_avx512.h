@@ -85,9 +85,7 @@ inline __m512i codes64(const Weight& w, int64_t slot) {
   }
   const __m512i pairs = plane_codes<2, kStored>(low, slot, w.stored_bytes);
   __mmask64 fours;
-  if constexpr (kStored == 64)
-    fours = peek<uint64_t>(high + (slot >> 3));
-  else if constexpr (kStored == 32)
+  if constexpr (kStored == 32)
     fours = bits32_at(high, slot);
   else
     fours = bits_at(high, slot, w.stored_bytes >> 1);
