@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kSkipWidth = 256;  // columns of a panel
 constexpr int64_t kSkipBlock = 512;  // rows of x that share a panel
-constexpr int64_t kListsAhead = 16;
+constexpr int64_t kListsAhead = 16;  // from the list that is made to the one whose bytes are asked for
 constexpr int64_t kSkipStride = kSkipWidth + W;
 constexpr int64_t kSkipWide = kListMost + W;
 constexpr int64_t kSkipColumn = 2 * kSkipDepth;  // rows of W in a list of dx, at most
