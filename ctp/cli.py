@@ -1,4 +1,4 @@
-"""The `ctp` command: compress, train a prompt, evaluate, move it elsewhere, generate, inspect, explain, and a demo."""
+"""The `ctp` command: compress, train a prompt, evaluate, move it, generate, export, inspect, explain, and a demo."""
 
 from __future__ import annotations
 
@@ -256,6 +256,29 @@ def generate(
         "model": model, "prompt": str(prompt) if prompt else None, "text": text, "continuation": continuation,
         "seed": seed,
     })  # fmt: skip
+
+
+@command
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
+    to: Annotated[str, typer.Option(help="gptq, compressed-tensors or dense; with --prompt: peft or tokens")],
+    prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt, to export that")] = None,
+    json_file: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Write a packed model, or a prompt, as other software reads it; no code is rounded."""
+    from ctp.export import export_to_folder
+
+    result = export_to_folder(model, output, to, prompt=prompt)
+    if "ids" in result:
+        told = f"{len(result['ids'])} words, mean cosine to the prompt {result['mean_cosine']:.2f}: {result['text']!r}"
+    elif prompt:
+        told = f"a prompt of {result['tokens']} tokens for {result['base_model']}, as PEFT's prompt tuning"
+    else:
+        told = f"{result['layers']} layers as {result['layout']}, {result['bytes']:,} bytes in all"
+    typer.echo(f"{output}: {told}")
+    _write(json_file, {**result, "seed": seed})
 
 
 @command

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_kernels.checkpoints import MANIFEST, load_packed
+from ctp_kernels.checkpoints import MANIFEST, is_packed, load_packed
 from ctp_kernels.errors import CTPError
 from ctp_kernels.format import FLOAT_DTYPES
 from ctp_kernels.fuse import fuse
@@ -35,8 +36,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen model in eval mode, and its tokenizer.
 
-    `path` is `embedded:llama` (or `embedded`), `embedded:opt`, a local folder (a packed one is known by its
-    ctp_manifest.json) or a hub name. Without `dtype` floating weights are fp32 on the CPU, and as stored elsewhere.
+    `path` is `embedded:llama` (or `embedded`), `embedded:opt`, a local folder or a hub name; a checkpoint of this
+    package, of GPTQ or of compressed-tensors gives packed layers, with the codes it holds. Without `dtype` floating
+    weights are fp32 on the CPU, and as stored elsewhere.
     On a GPU packed layers that read the same input run in one launch (`ctp_kernels.fuse`).
     Raises CTPError for a missing folder or hub model, one of another shape than LLaMA or OPT, damaged files, and values
     that `dtype` cannot hold.
@@ -44,7 +46,8 @@ def load_model(
     source = _source(path)
     name = str(source) if source.is_dir() else path
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
-    model: Any = load_packed(source) if (source / MANIFEST).is_file() else _load_dense(name, wanted)
+    folder = _packed_folder(source, name)
+    model: Any = load_packed(folder) if folder is not None else _load_dense(name, wanted)
     decoder_blocks(model)
     if hasattr(model.get_input_embeddings(), "embed_scale"):  # Gemma
         raise CTPError(
@@ -57,6 +60,16 @@ def load_model(
         fuse(model)
     model.requires_grad_(False).eval()
     return model, _load_tokenizer(name)
+
+
+def load_stored(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A packed model in the dtypes of its files, and its tokenizer. Raises CTPError for a model that is not packed."""
+    source = _source(path)
+    name = str(source) if source.is_dir() else path
+    folder = _packed_folder(source, name)
+    if folder is None:
+        raise CTPError(f"{path} holds no packed layer: pack it with ctp compress")
+    return load_packed(folder), _load_tokenizer(name)
 
 
 def stored_dtype(path: str) -> torch.dtype:
@@ -149,6 +162,18 @@ def _source(path: str) -> Path:
     elif source.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or source.exists():
         raise CTPError(f"{path} is not a folder: give a model folder, a hub name, or one of {', '.join(EMBEDDED)}")
     return source
+
+
+def _packed_folder(source: Path, name: str) -> Path | None:
+    """The folder of a packed checkpoint, fetched from the hub where it lies there; None for what is not packed."""
+    if (source / MANIFEST).is_file():
+        return source
+    try:
+        if not is_packed(AutoConfig.from_pretrained(name)):
+            return None
+        return source if source.is_dir() else Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, KeyError):
+        return None  # loading it as a dense model says what is wrong
 
 
 def _load_dense(path: str, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -132,7 +132,12 @@ def _covers(whole: torch.Tensor, pieces: Iterable[torch.Tensor]) -> bool:
 
 
 def _alike(parts: list[PackedLinear]) -> bool:
-    """Whether the parts make one weight: format, width, dtypes, device, bias or none, backend and compute."""
+    """Whether the parts make one weight: format, width, dtypes, device, bias or none, backend and compute.
+
+    Parts whose inputs have an order of their own do not.
+    """
+    if any(part.input_order is not None for part in parts):
+        return False
 
     def kind(part: PackedLinear) -> tuple:
         tensors = [part.get_buffer(name) for name in part.format.kernel_names]

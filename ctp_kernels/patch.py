@@ -153,7 +153,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     if packed == [model]:
         raise CTPError("the model is one packed layer, which cannot be replaced in place: use layer.packed.unpack()")
     for layer in packed:
-        weight = nn.Parameter(layer.packed.unpack(), requires_grad=False)
+        weight = nn.Parameter(layer.weight, requires_grad=False)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = weight
         linear.register_parameter("bias", layer.bias)

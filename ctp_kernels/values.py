@@ -47,13 +47,13 @@ def planes_to_codes(planes: list[torch.Tensor], values: str) -> torch.Tensor:
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
     """scale * (code - zero) in fp32. codes uint8 (N, K), scales (N, groups), zeros uint8 (N, groups) or None."""
     k = codes.shape[1]
-    scale, zero = _spread(scales.float(), k, format), float(2 ** (format.bits - 1))
+    scale, zero = spread(scales.float(), k, format), float(2 ** (format.bits - 1))
     if zeros is not None:
-        zero = _spread(zeros.float(), k, format)
+        zero = spread(zeros.float(), k, format)
     return scale * (codes.float() - zero)
 
 
-def _spread(per_group: torch.Tensor, k: int, format: Format) -> torch.Tensor:
+def spread(per_group: torch.Tensor, k: int, format: Format) -> torch.Tensor:
     """(N, groups) -> (N, K), or (N, 1) where one number serves the row."""
     if format.group_size is None or format.groups(k) == 1:  # also where a file names groups of 2^32 inputs
         return per_group
@@ -94,6 +94,6 @@ def minmax_grid(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, tor
 def quantize(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
     """The nearest code of every entry of an fp32 (N, K) weight: uint8 (N, K)."""
     k = weight.shape[1]
-    zero = 2 ** (format.bits - 1) if zeros is None else _spread(zeros.float(), k, format)
-    codes = torch.round(weight / _spread(scales.float(), k, format)) + zero
+    zero = 2 ** (format.bits - 1) if zeros is None else spread(zeros.float(), k, format)
+    codes = torch.round(weight / spread(scales.float(), k, format)) + zero
     return codes.clamp(0, 2**format.bits - 1).to(torch.uint8)

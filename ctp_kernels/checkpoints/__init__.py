@@ -1,6 +1,10 @@
 """Read and write packed models."""
 
+from .export import LAYOUTS as LAYOUTS
+from .export import RECORD as RECORD
+from .export import export_model as export_model
+from .load import is_packed as is_packed
+from .load import load_packed as load_packed
 from .manifest import MANIFEST as MANIFEST
-from .manifest import load_packed as load_packed
 from .manifest import read_manifest as read_manifest
 from .manifest import save_packed as save_packed

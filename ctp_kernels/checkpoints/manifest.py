@@ -1,12 +1,13 @@
 """The package's own checkpoint: a Hugging Face folder whose packed layers are described by `ctp_manifest.json`.
 
     config.json, tokenizer files      as transformers writes them
-    model.safetensors                 dense tensors under their own names, packed ones as <layer>.<buffer>
+    model.safetensors                 dense tensors under their own names, packed ones as <layer>.<buffer>,
+                                      <layer>.input_order where a layer's inputs were sorted by group
     ctp_manifest.json                 {"version": 1, "layers": {name: {"format", "shape", "dtype"}},
                                        "tied": {name: name}, "files": {file: {"bytes", "sha256"}}, "info": {...}}
 
 Nothing in it is trusted: sizes and hashes are compared before a file is parsed, and every buffer is checked by
-`PackedWeight.validate` before a kernel sees it.
+`PackedWeight.validate` before a kernel sees it. `load.py` makes the model.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import CTPError
 from ..files import staged_folder, write_json
 from ..format import FLOAT_DTYPES, parse_format
 from ..linear import PackedLinear
-from ..memory import in_huge_pages
 from ..packed import PackedWeight
+from .layer import Contents, Layer, read_tensors
 
 MANIFEST = "ctp_manifest.json"
 WEIGHTS = "model.safetensors"
@@ -111,74 +111,29 @@ def read_manifest(folder: str | Path) -> dict:
     return manifest
 
 
-def load_packed(folder: str | Path) -> nn.Module:
-    """The transformers model of a packed checkpoint, on the CPU, in eval mode, with nothing trainable.
-
-    Raises CTPError, naming the file or the tensor, for anything missing, unknown, truncated or altered.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    folder = Path(folder)
+def read_own(folder: Path) -> Contents:
+    """What a folder with a manifest holds. Raises CTPError, naming the file, where one is missing or altered."""
     manifest = read_manifest(folder)
     _check_files(folder, manifest["files"])
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CTPError(f"{folder / WEIGHTS} cannot be read ({error}): the checkpoint is damaged") from error
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CTPError(f"{folder / 'config.json'} cannot be read ({error})") from error
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
-    for name, layer in manifest["layers"].items():
-        _install(model, name, layer, tensors)
+    tensors = read_tensors(folder / WEIGHTS)
+    layers = {name: _layer(name, described, tensors) for name, described in manifest["layers"].items()}
     for name, source in manifest["tied"].items():
         if source not in tensors:
             raise CTPError(f"{folder / WEIGHTS} lacks the tensor {source!r} that {name!r} is tied to")
         tensors[name] = tensors[source]
-    try:
-        result = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CTPError(f"{folder / WEIGHTS} does not hold this model: {error}") from error
-    if result.missing_keys or result.unexpected_keys:
-        raise CTPError(
-            f"{folder / WEIGHTS} does not hold this model: missing {result.missing_keys[:3] or 'nothing'}, "
-            f"unknown {result.unexpected_keys[:3] or 'nothing'}"
-        )
-    if manifest["tied"]:  # a packed lm_head is tied no more, and tying would give it a dense weight again
-        model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CTPError(f"tensor {name!r} of {folder / WEIGHTS} holds NaN or infinite values")
-        parameter.requires_grad_(False)
-    in_huge_pages(m._buffers for m in model.modules() if isinstance(m, PackedLinear))  # and not in the file
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return Contents(layers, tensors, bool(manifest["tied"]))
 
 
-def _install(model: nn.Module, name: str, layer: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the packed layer in the place of the model's Linear of that name; its bias is loaded with the rest."""
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        linear = None
-    n, k = layer["shape"]
-    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (n, k):
-        raise CTPError(f"the manifest names a layer {name!r} of shape ({n}, {k}) that the model does not have")
-    format = parse_format(layer["format"])
+def _layer(name: str, described: dict, tensors: dict[str, torch.Tensor]) -> Layer:
+    """The packed layer of that name, its tensors taken out."""
+    format = parse_format(described["format"])
     missing = [b for b in format.buffer_names if f"{name}.{b}" not in tensors]
     if missing:
         raise CTPError(f"layer {name!r} ({format}) lacks the tensors {missing}: the checkpoint is damaged")
-    buffers = {b: tensors[f"{name}.{b}"] for b in format.buffer_names}
-    try:
-        packed_layer = PackedLinear(PackedWeight(format, (n, k), _DTYPES[layer["dtype"]], buffers), linear.bias)
-    except CTPError as error:
-        raise CTPError(f"layer {name!r}: {error}") from error
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, packed_layer)
+    n, k = described["shape"]
+    buffers = {b: tensors.pop(f"{name}.{b}") for b in format.buffer_names}
+    weight = PackedWeight(format, (n, k), _DTYPES[described["dtype"]], buffers)
+    return Layer(weight, tensors.pop(f"{name}.input_order", None))
 
 
 def _check_files(folder: Path, files: dict) -> None:

@@ -1,0 +1,166 @@
+"""Load a packed model, whoever packed it: this package, GPTQ or compressed-tensors.
+
+The layers of the other two are repacked code by code: nothing is rounded, and nothing dense is made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CTPError
+from ..linear import PackedLinear
+from ..memory import in_huge_pages
+from . import compressed_tensors, gptq
+from .layer import Contents, Layer, read_tensors
+from .manifest import MANIFEST, read_own
+
+INDEX = "model.safetensors.index.json"
+#: Buffers that older versions of transformers wrote, and models now compute.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
+
+
+def is_packed(config: Any) -> bool:
+    """Whether the `quantization_config` of a transformers config is of a layout that `load_packed` reads."""
+    method = _field(getattr(config, "quantization_config", None) or {}, "quant_method")
+    return method in (gptq.METHOD, compressed_tensors.METHOD)
+
+
+def load_packed(folder: str | Path) -> nn.Module:
+    """The transformers model of a packed checkpoint, on the CPU, in eval mode, with nothing trainable.
+
+    `folder` holds a checkpoint of this package (by its ctp_manifest.json), of GPTQ, or of compressed-tensors (by the
+    quantization_config in config.json).
+    Raises CTPError, naming the file or the tensor, for anything missing, unknown, truncated or altered.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(folder)
+    own = read_own(folder) if (folder / MANIFEST).is_file() or not folder.is_dir() else None
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CTPError(f"{folder / 'config.json'} cannot be read ({error})") from error
+    packing = getattr(config, "quantization_config", None)
+    if own is None and not is_packed(config):
+        raise CTPError(f"{folder} is not a packed checkpoint (no {MANIFEST}): make one with ctp compress")
+    if packing is not None:
+        delattr(config, "quantization_config")  # of what the model will be no more
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    contents = own or _read_foreign(folder, packing, model)
+    for name, layer in contents.layers.items():
+        _install(model, name, layer, contents.tensors)
+    _fill(model, contents, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _fill(model: nn.Module, contents: Contents, folder: Path) -> None:
+    """Load the other tensors into the model that holds the packed layers."""
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    try:
+        result = model.load_state_dict(contents.tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CTPError(f"the files of {folder} do not hold this model: {error}") from error
+    if contents.tied:  # a packed lm_head is tied no more, and tying would give it a dense weight again
+        model.tie_weights()  # type: ignore[operator]
+    state = model.state_dict()
+    missing = [name for name in result.missing_keys if state[name].is_meta]  # not what a packed layer brought
+    if missing or result.unexpected_keys:
+        raise CTPError(
+            f"the files of {folder} do not hold this model: missing {missing[:3] or 'nothing'}, "
+            f"unknown {result.unexpected_keys[:3] or 'nothing'}"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CTPError(f"tensor {name!r} of {folder} holds NaN or infinite values")
+        parameter.requires_grad_(False)
+    in_huge_pages(layer._buffers for layer in packed)  # and not in the file
+
+
+def _install(model: nn.Module, name: str, layer: Layer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the packed layer in the place of the model's Linear of that name; its bias is loaded with the rest."""
+    linear = _linear(model, name)
+    n, k = layer.weight.shape
+    if linear is None or (linear.out_features, linear.in_features) != (n, k):
+        raise CTPError(f"the checkpoint names a layer {name!r} of shape ({n}, {k}) that the model does not have")
+    bias = linear.bias
+    given = tensors.get(f"{name}.bias")
+    if bias is None and given is not None:  # AutoGPTQ gives every layer one, of zeros where the model has none
+        if not given.any():
+            del tensors[f"{name}.bias"]
+        else:
+            bias = nn.Parameter(given, requires_grad=False)
+    try:
+        packed_layer = PackedLinear(layer.weight, bias, order=layer.order)
+    except CTPError as error:
+        raise CTPError(f"layer {name!r}: {error}") from error
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, packed_layer)
+
+
+def _read_foreign(folder: Path, packing: Any, model: nn.Module) -> Contents:
+    """The contents of a GPTQ or compressed-tensors folder; the model tells which shape a layer has."""
+    config = packing if isinstance(packing, dict) else packing.to_dict()
+    if config["quant_method"] == gptq.METHOD:
+        gptq.layout_of(config)
+        layout: Any = gptq
+    else:
+        compressed_tensors.check(config)
+        layout = compressed_tensors
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(folder):
+        tensors |= read_tensors(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not _COMPUTED.search(name)}
+    dtype = model.config.dtype or torch.float16  # type: ignore[union-attr]
+    layers = {}
+    for name in [layout.MARK.sub("", key) for key in tensors if layout.MARK.search(key)]:
+        linear = _linear(model, name)
+        if linear is None:
+            raise CTPError(f"the checkpoint names a packed layer {name!r} that {type(model).__name__} does not have")
+        keys = [(part, f"{name}.{prefix}{part}") for part in layout.PARTS for prefix in ("", "weight.")]
+        parts = {part: tensors.pop(key) for part, key in keys if key in tensors}
+        try:
+            layers[name] = layout.read_layer(parts, (linear.out_features, linear.in_features), config, dtype)
+        except CTPError as error:
+            raise CTPError(f"layer {name!r} of {folder}: {error}") from error
+    if not layers:
+        raise CTPError(f"{folder} says that it is packed ({config['quant_method']}), but holds no packed layer")
+    return Contents(layers, tensors, bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of its index, or the only one there is."""
+    if not (folder / INDEX).is_file():
+        found = sorted(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            raise CTPError(f"{folder} has {len(found)} safetensors files and no {INDEX}: it is not whole")
+        return found
+    try:
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CTPError(f"{folder / INDEX} cannot be read ({error}): the checkpoint is damaged") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CTPError(f"{folder} lacks the file {name!r} that its index names")
+    return [folder / name for name in sorted(names)]
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear | None:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Linear) else None
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)

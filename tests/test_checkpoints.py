@@ -1,0 +1,442 @@
+"""Checkpoints of GPTQ and compressed-tensors: bits against plain integers, whole models there and back, bad files."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ctp_kernels import CTPError, PackedLinear, pack, patch_model
+from ctp_kernels.checkpoints import (
+    MANIFEST,
+    RECORD,
+    compressed_tensors,
+    export_model,
+    gptq,
+    load_packed,
+    save_packed,
+)
+from ctp_kernels.checkpoints.layer import Layer, group_order
+from ctp_kernels.checkpoints.words import codes_to_words, padded_to_codes, planar_to_codes, words_to_codes
+from ctp_kernels.fuse import fuse
+from tests.helpers import small_model
+
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+CODES = ["int2-g32", "int3", "int3-g32-asym", "int4-g32", "int4-row-asym", "int8-row", "int8-g64-asym"]
+
+
+def string_of_bits(row: list[int], bits: int) -> list[int]:
+    """Codes one after the other in one great integer, cut into signed 32-bit words."""
+    whole = sum(code << bits * j for j, code in enumerate(row))
+    words = [whole >> 32 * i & 0xFFFFFFFF for i in range(-(-len(row) * bits // 32))]
+    return [word - 2**32 if word >= 2**31 else word for word in words]
+
+
+@given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 100), st.randoms(use_true_random=False))
+def test_words_are_one_string_of_bits(bits: int, rows: int, count: int, generator: random.Random) -> None:
+    codes = [[generator.randrange(2**bits) for _ in range(count)] for _ in range(rows)]
+    tensor = torch.tensor(codes, dtype=torch.uint8)
+    words = codes_to_words(tensor, bits)
+    assert words.tolist() == [string_of_bits(row, bits) for row in codes]
+    assert torch.equal(words_to_codes(words, bits, count), tensor)
+
+
+def test_padded_and_planar_int3() -> None:
+    codes = torch.randint(0, 8, (3, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = codes.tolist()
+    padded = [[string_of_bits(row[i : i + 10], 3)[0] for i in range(0, 64, 10)] for row in rows]
+    assert torch.equal(padded_to_codes(torch.tensor(padded, dtype=torch.int32), 3, 64), codes)
+    planar = [
+        [
+            word
+            for i in range(0, 64, 32)
+            for word in (
+                *string_of_bits([c & 3 for c in row[i : i + 32]], 2),
+                *string_of_bits([c >> 2 for c in row[i : i + 32]], 1),
+            )
+        ]
+        for row in rows
+    ]
+    assert torch.equal(planar_to_codes(torch.tensor(planar, dtype=torch.int32), 64), codes)
+
+
+def a_layer(name: str, n: int = 64, k: int = 256, ordered: bool = False) -> Layer:
+    """`ordered`: every input belongs to a group drawn at random, as act-order leaves it."""
+    generator = torch.Generator().manual_seed(1)
+    weight = pack(torch.randn(n, k, generator=generator).half(), name)
+    order = None
+    if ordered:
+        g_idx = torch.arange(k)[torch.randperm(k, generator=generator)] // (weight.format.group_size or k)
+        order = torch.argsort(g_idx, stable=True).int()
+    return Layer(weight, order)
+
+
+def same(a: Layer, b: Layer) -> bool:
+    tensors = zip(a.weight.tensors, b.weight.tensors, strict=True)
+    orders = (a.order is None) == (b.order is None) and (a.order is None or torch.equal(a.order, b.order))
+    return a.weight.format == b.weight.format and orders and all(torch.equal(x, y) for x, y in tensors)
+
+
+def dense(layer: Layer) -> torch.Tensor:
+    return PackedLinear(layer.weight, order=layer.order).weight
+
+
+def by_hand(parts: dict[str, torch.Tensor], bits: int, offset: int) -> torch.Tensor:
+    """A GPTQ layer (N, K) decoded number by number, as its layout is described."""
+    k, n = parts["g_idx"].numel(), parts["scales"].shape[1]
+
+    def codes(words: list[int], count: int) -> list[int]:
+        whole = sum((word & 0xFFFFFFFF) << 32 * i for i, word in enumerate(words))
+        return [whole >> bits * j & (2**bits - 1) for j in range(count)]
+
+    columns = torch.tensor([codes(column, k) for column in parts["qweight"].T.tolist()])
+    zeros = torch.tensor([codes(row, n) for row in parts["qzeros"].tolist()]) + offset
+    group = parts["g_idx"].long()
+    return parts["scales"].float().T[:, group] * (columns - zeros.T[:, group])
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("name", CODES)
+def test_gptq_layers(name: str, layout: str, ordered: bool) -> None:
+    layer = a_layer(name, ordered=ordered and "row" not in name)
+    parts = gptq.write_layer(layer, layout)
+    expected = by_hand(parts, layer.weight.format.bits, 1 if layout == "gptq" else 0)
+    assert torch.equal(expected.half(), dense(layer))
+    config = {"checkpoint_format": layout, "group_size": layer.weight.format.group_size or -1}
+    assert same(gptq.read_layer(parts, layer.weight.shape, config, torch.float16), layer)
+
+
+def test_a_zero_of_0_is_written_as_gptq_v2_and_read_from_both() -> None:
+    layer = a_layer("int4-g32-asym")
+    assert gptq.layout_for([layer]) == "gptq"
+    layer.weight.buffers["zeros"][3, 2] = 0
+    assert gptq.layout_for([a_layer("int4-g32"), layer]) == "gptq_v2"
+    with pytest.raises(CTPError, match="gptq_v2"):
+        gptq.write_layer(layer, "gptq")
+    parts = gptq.write_layer(layer, "gptq_v2")
+    assert same(gptq.read_layer(parts, (64, 256), {"format": "gptq_v2"}, torch.float16), layer)
+    stored = (words_to_codes(parts["qzeros"], 4, 64) - 1) & 15  # as gptq's writers wrap it
+    parts["qzeros"] = codes_to_words(stored, 4)
+    assert same(gptq.read_layer(parts, (64, 256), {}, torch.float16), layer)
+
+
+def test_planar_gptq() -> None:
+    layer = a_layer("int3-g32-asym")
+    parts = gptq.write_layer(layer, "gptq_v2")
+    for name in ("qweight", "qzeros"):
+        codes = words_to_codes(parts[name].T if name == "qweight" else parts[name], 3, 256 if name == "qweight" else 64)
+        low = codes_to_words(codes & 3, 2).view(len(codes), -1, 2)
+        high = codes_to_words(codes >> 2, 1).view(len(codes), -1, 1)
+        planar = torch.cat([low, high], -1).view(len(codes), -1)
+        parts[name] = planar.T if name == "qweight" else planar
+    assert same(gptq.read_layer(parts, (64, 256), {"checkpoint_format": "gptq_p"}, torch.float16), layer)
+
+
+def config_for(name: str, ordered: bool = False) -> dict:
+    return compressed_tensors.quantization_config(pack(torch.ones(8, 256), name).format, ordered, ["lm_head"])
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("name", CODES)
+def test_compressed_tensors_layers(name: str, ordered: bool) -> None:
+    layer = a_layer(name, ordered=ordered and "row" not in name)
+    format = layer.weight.format
+    parts = compressed_tensors.write_layer(layer, format.symmetric)
+    signed = words_to_codes(parts["weight_packed"], format.bits, 256).float() - 2 ** (format.bits - 1)
+    if "weight_zero_point" in parts:
+        zeros = words_to_codes(parts["weight_zero_point"].T.contiguous(), format.bits, 64).T.float()
+    else:
+        zeros = torch.full(parts["weight_scale"].shape, 2 ** (format.bits - 1))
+    group = parts.get("weight_g_idx", torch.arange(256) // (format.group_size or 256)).long()
+    weight = parts["weight_scale"].float()[:, group] * (signed - (zeros - 2 ** (format.bits - 1))[:, group])
+    assert torch.equal(weight.half(), dense(layer))
+    config = config_for(name, ordered)
+    assert same(compressed_tensors.read_layer(parts, (64, 256), config, torch.float16), layer)
+
+
+def test_older_compressed_tensors() -> None:
+    layer = a_layer("int3-g32-asym")
+    parts = compressed_tensors.write_layer(layer, False)
+    codes = torch.nn.functional.pad(layer.weight.codes().int(), (0, 4)).view(64, 26, 10)
+    parts["weight_packed"] = (codes << torch.arange(0, 30, 3)).sum(-1, dtype=torch.int32)
+    parts["weight_zero_point"] = (layer.weight.buffers["zeros"].int() - 4).to(torch.int8)
+    assert same(compressed_tensors.read_layer(parts, (64, 256), config_for("int3-g32-asym"), torch.float16), layer)
+    del parts["weight_zero_point"]
+    parts["weight_scale"] = torch.tensor([0.5])
+    read = compressed_tensors.read_layer(parts, (64, 256), config_for("int3-row"), torch.float16).weight
+    assert read.format.name == "int3-row" and torch.equal(read.unpack(), (layer.weight.codes().half() - 4) * 0.5)
+
+
+@pytest.mark.parametrize("name", ["sparse24", "unstructured"])
+def test_bitmaps(name: str) -> None:
+    values = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed = pack(values * (torch.rand(16, 64) > 0.5), name)
+    mask, kept = packed.mask(), packed.unpack()
+    parts = {"compressed": kept[mask].view(16, -1) if name == "sparse24" else kept[mask],
+             "bitmask": packed.buffers["mask"], "shape": torch.tensor([16, 64])}  # fmt: skip
+    read = compressed_tensors.read_layer(parts, (16, 64), {}, torch.float16)
+    assert same(read, Layer(packed))
+
+
+def llama() -> torch.nn.Module:
+    """Sizes that GPTQ's readers take: multiples of 32, and of the groups."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=160, tie_word_embeddings=True)  # fmt: skip
+    return in_half(LlamaForCausalLM(config).eval().requires_grad_(False))
+
+
+def in_half(model: torch.nn.Module) -> torch.nn.Module:
+    """fp16 parameters, as a file holds them; rotary frequencies stay what they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.half()
+    model.config.dtype = torch.float16
+    return model
+
+
+def a_model(name: str) -> torch.nn.Module:
+    return llama() if name == "llama" else in_half(small_model(name))
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors", "dense"])
+@pytest.mark.parametrize("format", ["int4-g32", "int3-g32-asym", "sparse24-int4-g32", "unstructured-int3-row-asym"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_model_there_and_back(tmp_path, name: str, format: str, to: str) -> None:
+    model = patch_model(a_model(name), format)
+    expected = model(IDS).logits
+    unpacked = {n: m.weight for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    result = export_model(model, tmp_path / "out", to, record={"from": "here"})
+    assert json.loads((tmp_path / "out" / RECORD).read_text()) == result and result["from"] == "here"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if to == "dense":
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert all(torch.equal(loaded.get_submodule(n).weight, weight) for n, weight in unpacked.items())
+        return
+    loaded = load_packed(tmp_path / "out")
+    assert not hasattr(loaded.config, "quantization_config")
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, PackedLinear)}
+    assert layers.keys() == unpacked.keys()
+    assert all(torch.equal(m.weight, unpacked[n]) for n, m in layers.items())
+    assert {m.format.pattern for m in layers.values()} == {"dense"}
+    if "sparse" not in format and "unstructured" not in format:
+        assert torch.equal(loaded(IDS).logits, expected)
+    export_model(loaded, tmp_path / "out", to)  # replaces what it wrote
+
+
+def ordered_model() -> torch.nn.Module:
+    """A packed model whose layers, but those of q, k and v of the first block, have inputs in an order of their own."""
+    model = patch_model(llama(), "int4-g32")
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear) and "layers.0.self_attn" not in name:
+            k = layer.in_features
+            g_idx = (torch.arange(k) // 32)[torch.randperm(k, generator=generator)]
+            layer.input_order = torch.argsort(g_idx, stable=True).int()
+    return model
+
+
+def test_an_order_of_inputs_is_followed_forward_and_backward() -> None:
+    layer = a_layer("int4-g32", ordered=True)
+    packed = PackedLinear(layer.weight, order=layer.order)
+    assert layer.order is not None
+    columns = torch.empty(64, 256).half()
+    columns[:, layer.order.long()] = layer.weight.unpack()
+    assert torch.equal(packed.weight, columns)
+    x = torch.randn(3, 5, 256, dtype=torch.float64, requires_grad=True)
+    y = packed(x)
+    wide = layer.weight.unpack(torch.float64)[:, torch.argsort(layer.order)]
+    assert torch.allclose(y, x @ wide.T)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(grad, wide.sum(0).expand_as(x))
+    assert torch.autograd.gradcheck(packed, torch.randn(2, 256, dtype=torch.float64, requires_grad=True))
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x.float()), packed(x.float()))
+
+
+@pytest.mark.parametrize("to", [*("gptq", "compressed-tensors"), "own"])
+def test_a_model_with_orders_of_inputs(tmp_path, to: str) -> None:
+    model = ordered_model()
+    expected, folder = model(IDS).logits, tmp_path / "out"
+    if to == "own":
+        save_packed(model, folder)
+    else:
+        export_model(model, folder, to)
+    loaded = load_packed(folder)
+    assert torch.equal(loaded(IDS).logits, expected)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.load_state_dict(model.state_dict())
+    assert len(fuse(loaded)) == 1  # the first block's q, k, v
+    assert torch.equal(loaded.to(torch.float64).model.layers[1].mlp.up_proj.input_order,
+                       model.model.layers[1].mlp.up_proj.input_order)  # fmt: skip
+
+
+def test_a_damaged_order_is_refused(tmp_path) -> None:
+    model = ordered_model()
+    layer = model.model.layers[1].mlp.up_proj
+    twice = layer.input_order.clone()
+    twice[0] = twice[1]
+    for wrong in (twice, layer.input_order.long(), layer.input_order[:-1], -layer.input_order):
+        with pytest.raises(CTPError, match="input_order"):
+            PackedLinear(layer.packed, order=wrong)
+        with pytest.raises(RuntimeError, match="input_order"):
+            layer.load_state_dict(layer.state_dict() | {"input_order": wrong})
+
+
+def edit(folder, change) -> None:
+    """`change` gets the tensors and the quantization_config of an exported folder."""
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+Q = "model.layers.0.self_attn.q_proj"
+GPTQ_DAMAGE = {
+    "no-scales": (lambda t, c: t.pop(f"{Q}.scales"), "scales"),
+    "unknown-tensor": (lambda t, c: t.update({f"{Q}.input_scale": torch.ones(1)}), "input_scale"),
+    "unknown-layer": (lambda t, c: t.update({"model.x.qweight": t[f"{Q}.qweight"].clone()}), "model.x"),
+    "missing-norm": (lambda t, c: t.pop("model.norm.weight"), "model.norm.weight"),
+    "width": (lambda t, c: t.update({f"{Q}.qweight": t[f"{Q}.qweight"][:5]}), "2, 3, 4 or 8 bits"),
+    "zeros": (lambda t, c: t.update({f"{Q}.qzeros": t[f"{Q}.qzeros"][:, :2]}), "qzeros"),
+    "dtype": (lambda t, c: t.update({f"{Q}.qweight": t[f"{Q}.qweight"].long()}), "int32"),
+    "nan": (lambda t, c: t[f"{Q}.scales"].fill_(float("nan")), "finite"),
+    "nan-norm": (lambda t, c: t["model.norm.weight"].fill_(float("nan")), "NaN"),
+    "g_idx-high": (lambda t, c: t[f"{Q}.g_idx"].fill_(2), "outside"),
+    "g_idx-low": (lambda t, c: t[f"{Q}.g_idx"].neg_(), "outside"),
+    "g_idx-uneven": (lambda t, c: t[f"{Q}.g_idx"].__setitem__(0, 1), "one size"),
+    "g_idx-shape": (lambda t, c: t.update({f"{Q}.g_idx": t[f"{Q}.g_idx"][:8]}), "shape"),
+    "layout": (lambda t, c: c.update(checkpoint_format="marlin"), "marlin"),
+    "marlin": (lambda t, c: c.update(is_marlin_format=True), "marlin"),
+    "method": (lambda t, c: c.update(quant_method="awq"), "not a packed checkpoint"),
+}
+CT_DAMAGE = {
+    "no-scale": (lambda t, c: t.pop(f"{Q}.weight_scale"), "weight_scale"),
+    "shape": (lambda t, c: t[f"{Q}.weight_shape"].fill_(1), "weight_shape"),
+    "width": (lambda t, c: t.update({f"{Q}.weight_packed": t[f"{Q}.weight_packed"][:, :5]}), "2, 3, 4 or 8 bits"),
+    "bits": (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=5), "2, 3, 4 or 8 bits"),
+    "scales": (lambda t, c: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"][:3]}), "weight_scale"),
+    "zeros": (lambda t, c: t.update({f"{Q}.weight_zero_point": torch.zeros(3, 2, dtype=torch.int32)}), "zero_point"),
+    "float": (lambda t, c: c["config_groups"]["group_0"]["weights"].update(type="float"), "float codes"),
+    "activations": (
+        lambda t, c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
+        "activations",
+    ),
+    "layout": (lambda t, c: c.update(format="nvfp4-pack-quantized"), "nvfp4"),
+}
+
+
+@pytest.mark.parametrize(
+    ("to", "case"), [*(("gptq", case) for case in GPTQ_DAMAGE), *(("compressed-tensors", case) for case in CT_DAMAGE)]
+)
+def test_what_is_not_read_is_named(tmp_path, to: str, case: str) -> None:
+    change, told = (GPTQ_DAMAGE if to == "gptq" else CT_DAMAGE)[case]
+    folder = tmp_path / "out"
+    export_model(patch_model(llama(), "int4-g32"), folder, to)
+    edit(folder, change)
+    with pytest.raises(CTPError, match=told) as error:
+        load_packed(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_files_in_parts(tmp_path) -> None:
+    folder = tmp_path / "out"
+    model = patch_model(llama(), "int4-g32")
+    export_model(model, folder, "gptq")
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, folder / file)
+    with pytest.raises(CTPError, match="2 safetensors files"):
+        load_packed(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, own in files.items() for name in own}}))
+    assert torch.equal(load_packed(folder)(IDS).logits, model(IDS).logits)
+    index.write_text(json.dumps({"weight_map": {"x": "../out/a.safetensors"}}))
+    with pytest.raises(CTPError, match="lacks the file"):
+        load_packed(folder)
+    index.write_text("[]")
+    with pytest.raises(CTPError, match="damaged"):
+        load_packed(folder)
+
+
+def test_biases_that_the_model_has_not(tmp_path) -> None:
+    """AutoGPTQ wrote a bias of zeros for every layer; one that is not zero is kept."""
+    folder, model = tmp_path / "out", patch_model(llama(), "int4-g32")
+    export_model(model, folder, "gptq")
+    edit(folder, lambda t, c: t.update({f"{Q}.bias": torch.zeros(64), f"{Q[:-6]}v_proj.bias": torch.ones(32).half()}))
+    loaded = load_packed(folder)
+    attention = loaded.model.layers[0].self_attn
+    assert attention.q_proj.bias is None and torch.equal(attention.v_proj.bias, torch.ones(32).half())
+
+
+def test_old_buffers_are_passed_over(tmp_path) -> None:
+    folder = tmp_path / "out"
+    export_model(patch_model(llama(), "int4-g32"), folder, "gptq")
+    edit(folder, lambda t, c: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    load_packed(folder)
+
+
+def test_groups_without_an_index() -> None:
+    assert group_order(None, 256, 1, 128) == (None, None)
+    assert group_order(None, 128, 1, 128) == (128, None)
+    assert group_order(None, 172, 2, 128) == (128, None)
+    assert group_order(None, 256, 4) == (64, None)
+    with pytest.raises(CTPError, match="do not fit"):
+        group_order(None, 172, 3, 128)
+
+
+def test_layers_of_several_formats_and_dense_ones(tmp_path) -> None:
+    model = patch_model(llama(), "int4-g32", skip=("lm_head", "*.0.mlp.*"))
+    export_model(model, tmp_path / "out", "gptq")
+    dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
+    assert list(dynamic) == [rf"-:^model\.layers\.0\.mlp\.{name}_proj$" for name in ("gate", "up", "down")]
+    assert torch.equal(load_packed(tmp_path / "out")(IDS).logits, model(IDS).logits)
+    patch_model(model, "int3-g32")
+    with pytest.raises(CTPError, match="int3-g32, int4-g32"):
+        export_model(model, tmp_path / "both", "gptq")
+    assert not (tmp_path / "both").exists()
+
+
+def test_a_packed_head_is_tied_no_more(tmp_path) -> None:
+    for to in ("gptq", "compressed-tensors"):
+        model = patch_model(llama(), "int4-g32", skip=())
+        expected = model(IDS).logits
+        export_model(model, tmp_path / to, to)
+        loaded = load_packed(tmp_path / to)
+        assert isinstance(loaded.lm_head, PackedLinear) and torch.equal(loaded(IDS).logits, expected)
+
+
+REFUSED = {
+    "floating": ("llama", "sparse24", "compressed-tensors", "export it as dense"),
+    "rows": ("llama-gqa-tied", "int4-row", "gptq", "multiples of 32"),
+    "groups": ("llama", "int4-g24", "compressed-tensors", "multiples of its groups"),
+    "unknown": ("llama", "int4-g32", "awq", "choose gptq"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_layout_cannot_hold_is_refused(tmp_path, case: str) -> None:
+    name, format, to, told = REFUSED[case]
+    with pytest.raises(CTPError, match=told):
+        export_model(patch_model(a_model(name), format), tmp_path / "out", to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_folders_are_not_replaced(tmp_path) -> None:
+    model = patch_model(llama(), "int4-g32")
+    save_packed(model, tmp_path / "own")
+    with pytest.raises(CTPError, match="would be lost"):
+        export_model(model, tmp_path / "own", "gptq")
+    assert (tmp_path / "own" / MANIFEST).is_file()
+    with pytest.raises(CTPError, match="no packed layer"):
+        export_model(llama(), tmp_path / "new", "gptq")
