@@ -77,6 +77,48 @@ def test_generate_inspect_explain(folders):
 
 
 @needs_opt
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors", "dense"])
+def test_an_exported_model_is_read_by_every_command(folders, tmp_path, to):
+    one, json_file = tmp_path / "one", tmp_path / "a.json"
+    assert "24 layers" in ctp("export", folders / "packed", "--to", to, "-o", one, "--json", tmp_path / "export.json")
+    assert json.loads((tmp_path / "export.json").read_text())["layout"] == to
+    common = ["--length", 64, "--count", 4, "--prompt", folders / "prompt", "--json", json_file]
+    measured = []
+    for model in (folders / "packed", one):
+        ctp("evaluate", model, *common)
+        measured.append(json.loads(json_file.read_text())["perplexity"])
+    assert math.isclose(*measured, rel_tol=1e-3)
+    if to == "dense":
+        assert "not a packed checkpoint" in ctp("inspect", one, code=2)
+        return
+    assert f"{to} checkpoint" in ctp("inspect", one) and "int4-g64" in ctp("explain", one)
+    ctp("train", one, "-o", tmp_path / "prompt", "--tokens", 4, "--steps", 2, "--batch-size", 2, "--length", 32)
+    assert "packed already" in ctp("compress", one, "--format", "int4", "-o", tmp_path / "x", code=2)
+    ctp("export", one, "--to", "compressed-tensors", "-o", tmp_path / "other")
+    assert (tmp_path / "other" / "config.json").is_file()
+
+
+@needs_opt
+def test_an_exported_prompt(folders, tmp_path):
+    prompt = folders / "prompt"
+    ctp("export", folders / "packed", "--prompt", prompt, "--to", "peft", "-o", tmp_path / "peft")
+    key = "prompt_embeddings"
+    there, here = (load_file(f / "adapter_model.safetensors")[key] for f in (tmp_path / "peft", prompt))
+    assert torch.equal(there, here)
+    said = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert said["num_virtual_tokens"] == 8 and said["base_model_name_or_path"] == "packed"
+    told = ctp("export", folders / "packed", "--prompt", prompt, "--to", "tokens", "-o", tmp_path / "words")
+    words = json.loads((tmp_path / "words" / "tokens.json").read_text())
+    assert len(words["ids"]) == 8 and repr(words["text"]) in told
+    table = load_model(OPT)[0].get_input_embeddings().weight
+    rows = load_file(tmp_path / "words" / "adapter_model.safetensors")[key]
+    assert torch.equal(rows, table[words["ids"]])
+    angles = torch.nn.functional.cosine_similarity(here[:, None], table[None], dim=-1)
+    assert angles.argmax(-1).tolist() == words["ids"]
+    ctp("evaluate", folders / "packed", "--prompt", tmp_path / "words", "--length", 64, "--count", 2)
+
+
+@needs_opt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("command", [["compress", OPT, "--format", "int4", "-o", "x"], ["train", OPT, "-o", "x"],
                                      ["evaluate", OPT], ["generate", OPT, "text"]], ids=lambda c: c[0])  # fmt: skip
@@ -154,6 +196,11 @@ BAD = {
     "other architecture": ["evaluate", "{bert}"],
     "transfer of no prompt": ["transfer", "--models", OPT, "--prompts", "{empty}"],
     "transfer drawn as text": ["transfer", "--models", OPT, "--prompts", "{empty}", "--plot", "matrix.txt"],
+    "export of a dense model": ["export", OPT, "--to", "gptq", "-o", "{out}"],
+    "export to nothing known": ["export", OPT, "--to", "awq", "-o", "{out}"],
+    "export of no prompt": ["export", OPT, "--to", "peft", "-o", "{out}"],
+    "export of a prompt as a model": ["export", OPT, "--prompt", "{empty}", "--to", "gptq", "-o", "{out}"],
+    "export of a folder that is no prompt": ["export", OPT, "--prompt", "{empty}", "--to", "tokens", "-o", "{out}"],
     "transfer goes on from nowhere": ["transfer", "--models", OPT, "--prompts", "{empty}", "--resume"],
 }
 

@@ -9,13 +9,16 @@ from typing import Any
 from ctp.prompt import SoftPrompt
 from ctp.prompt.soft import CONFIG
 from ctp_kernels import parse_format
-from ctp_kernels.checkpoints import read_manifest
+from ctp_kernels.checkpoints import MANIFEST, read_manifest
+from ctp_kernels.checkpoints.load import describe_foreign
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:
     """{"kind": "model" | "prompt", ..., "text": lines for a person}. Raises CTPError for any other folder."""
     if (folder / CONFIG).is_file():
         return _prompt(folder)
+    if not (folder / MANIFEST).is_file() and (foreign := describe_foreign(folder)) is not None:
+        return _foreign(folder, foreign)
     manifest = read_manifest(folder)
     layers = manifest["layers"]
     formats = Counter(layer["format"] for layer in layers.values())
@@ -34,6 +37,16 @@ def _describe(name: str) -> str:
         return f"{format.pattern}, {format.values} values"
     group = f"groups of {format.group_size}" if format.group_size else "one scale a row"
     return f"{format.pattern}, {format.bits}-bit codes, {group}, {'symmetric' if format.symmetric else 'with zeros'}"
+
+
+def _foreign(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of GPTQ or compressed-tensors."""
+    config = found["quantization_config"]
+    lines = [f"{config['quant_method']} checkpoint in {folder}: {len(found['layers'])} packed layers"]
+    lines += [f"  {name}" for name in found["layers"]]
+    lines += [f"  {name}: {size:,} bytes" for name, size in found["files"].items()]
+    lines += [f"  {key}: {value}" for key, value in config.items()]
+    return {"kind": "model", **found, "text": "\n".join(lines)}
 
 
 def _prompt(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,11 @@ LAYOUTS = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
 _BITS = (2, 3, 4, 8)
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Raise CTPError for a `quantization_config` of a layout that is not read here."""
+    layout_of(config)
+
+
 def layout_of(config: Mapping[str, Any]) -> str:
     """The layout that a `quantization_config` names. Raises CTPError for one that is not read here."""
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"

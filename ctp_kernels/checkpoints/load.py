@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CTPError
@@ -20,6 +21,7 @@ from . import compressed_tensors, gptq
 from .layer import Contents, Layer, read_tensors
 from .manifest import MANIFEST, read_own
 
+_LAYOUTS: dict[str, Any] = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 INDEX = "model.safetensors.index.json"
 #: Buffers that older versions of transformers wrote, and models now compute.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
@@ -27,8 +29,9 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
 
 def is_packed(config: Any) -> bool:
     """Whether the `quantization_config` of a transformers config is of a layout that `load_packed` reads."""
-    method = _field(getattr(config, "quantization_config", None) or {}, "quant_method")
-    return method in (gptq.METHOD, compressed_tensors.METHOD)
+    packing = getattr(config, "quantization_config", None) or {}
+    method = packing.get("quant_method") if isinstance(packing, dict) else getattr(packing, "quant_method", None)
+    return method in _LAYOUTS
 
 
 def load_packed(folder: str | Path) -> nn.Module:
@@ -110,12 +113,8 @@ def _install(model: nn.Module, name: str, layer: Layer, tensors: dict[str, torch
 def _read_foreign(folder: Path, packing: Any, model: nn.Module) -> Contents:
     """The contents of a GPTQ or compressed-tensors folder; the model tells which shape a layer has."""
     config = packing if isinstance(packing, dict) else packing.to_dict()
-    if config["quant_method"] == gptq.METHOD:
-        gptq.layout_of(config)
-        layout: Any = gptq
-    else:
-        compressed_tensors.check(config)
-        layout = compressed_tensors
+    layout = _LAYOUTS[config["quant_method"]]
+    layout.check(config)
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         tensors |= read_tensors(path)
@@ -135,6 +134,25 @@ def _read_foreign(folder: Path, packing: Any, model: nn.Module) -> Contents:
     if not layers:
         raise CTPError(f"{folder} says that it is packed ({config['quant_method']}), but holds no packed layer")
     return Contents(layers, tensors, bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
+
+
+def describe_foreign(folder: Path) -> dict[str, Any] | None:
+    """{"quantization_config", "layers": names of the packed ones, "files": {name: bytes}} of a GPTQ or
+    compressed-tensors folder, from its configuration and the heads of its files; None for any other folder."""
+    try:
+        packing = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        layout = _LAYOUTS[packing["quant_method"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    layers, files = [], {}
+    for path in _weight_files(folder):
+        files[path.name] = path.stat().st_size
+        try:
+            with safe_open(path, "pt") as file:
+                layers += [layout.MARK.sub("", key) for key in file.keys() if layout.MARK.search(key)]
+        except (SafetensorError, OSError) as error:
+            raise CTPError(f"{path} cannot be read ({error}): the checkpoint is damaged") from error
+    return {"quantization_config": packing, "layers": layers, "files": files}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -160,7 +178,3 @@ def _linear(model: nn.Module, name: str) -> nn.Linear | None:
     except AttributeError:
         return None
     return found if isinstance(found, nn.Linear) else None
-
-
-def _field(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
