@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_kernels.checkpoints import MANIFEST, is_packed, load_packed
-from ctp_kernels.errors import CTPError
+from ctp_kernels.checkpoints import MANIFEST, find_folder, is_packed, load_packed
+from ctp_kernels.errors import CTPError, first_line
 from ctp_kernels.format import FLOAT_DTYPES
 from ctp_kernels.fuse import fuse
 from ctp_kernels.linear import PackedLinear
@@ -169,11 +168,10 @@ def _packed_folder(source: Path, name: str) -> Path | None:
     if (source / MANIFEST).is_file():
         return source
     try:
-        if not is_packed(AutoConfig.from_pretrained(name)):
-            return None
-        return source if source.is_dir() else Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        packed = is_packed(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, KeyError):
         return None  # loading it as a dense model says what is wrong
+    return find_folder(name) if packed else None
 
 
 def _load_dense(path: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -181,11 +179,11 @@ def _load_dense(path: str, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise CTPError(f"{path} holds a damaged file: {_first_line(error)}") from error
+        raise CTPError(f"{path} holds a damaged file: {first_line(error)}") from error
     except OSError as error:
-        raise CTPError(f"cannot load {path}, neither from disk nor from the hub: {_first_line(error)}") from error
+        raise CTPError(f"cannot load {path}, neither from disk nor from the hub: {first_line(error)}") from error
     except (ValueError, KeyError, RuntimeError) as error:
-        raise CTPError(f"{path} is no language model that transformers can load: {_first_line(error)}") from error
+        raise CTPError(f"{path} is no language model that transformers can load: {first_line(error)}") from error
     model, info = loaded
     if lacking := sorted(info["missing_keys"]):
         raise CTPError(f"{path} lacks {len(lacking)} weights of its model, {lacking[0]} first: the files are not whole")
@@ -196,8 +194,4 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise CTPError(f"{path} holds no tokenizer that transformers can load: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CTPError(f"{path} holds no tokenizer that transformers can load: {first_line(error)}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 
@@ -85,7 +85,9 @@ def patch_model(
     `format="auto"` looks at each weight: on a 2:4 pattern -> `sparse24`; enough zeros for the bitmap to win ->
     `unstructured`; otherwise dense -> `int4`, round to nearest. A named format packs each weight the plainest
     way (nearest code, two largest magnitudes of four): zeros and codes chosen with more care come from
-    `ctp compress`. Layers that are already packed stay as they are.
+    `ctp compress`. Layers that are already packed stay as they are. A model that another library loaded from a GPTQ or
+    compressed-tensors checkpoint gets that checkpoint's codes, read anew from its files; what it left dense, "auto"
+    leaves, too.
 
     `skip` names layers to leave dense: a full name, a last part (`lm_head`) or a pattern (`*.down_proj`).
     `backend` is "auto" or one of `ctp_kernels.backends.BACKENDS`; `compute` is "exact", or "int8": activations are
@@ -100,7 +102,13 @@ def patch_model(
     if isinstance(model, nn.Linear):
         raise CTPError("the model is one Linear, which cannot be replaced in place: PackedLinear(pack(weight, format))")
     asked = None if format == "auto" else as_format(format)
-    linears, skipped = _select(model, skip)
+    from .checkpoints import forget_packing, repack
+
+    repacked = repack(model)
+    linears, skipped = _select(model, skip, repacked)
+    if repacked and asked is None:
+        skipped |= dict.fromkeys(linears, "its checkpoint left it dense")
+        linears = {}
     plan: list[tuple[str, nn.Linear, Format]] = []
     misfits = []
     for name, linear in linears.items():
@@ -109,7 +117,7 @@ def patch_model(
         except CTPError as error:
             misfits.append(f"{name}: {error}")
     already = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    for name, layer in already.items():
+    for name, layer in (already | repacked).items():
         try:
             device = layer.packed.tensors[0].device.type
             shape = (layer.out_features, layer.in_features)
@@ -121,7 +129,7 @@ def patch_model(
         raise CTPError(
             f"cannot patch {'; '.join(misfits[:3])}{more}; choose another format or backend, or skip these layers"
         )
-    if not plan and not already:
+    if not plan and not already and not repacked:
         raise CTPError(
             f"patch_model found no nn.Linear to pack in {type(model).__name__} (skipped: {list(skipped) or 'none'})"
         )
@@ -129,7 +137,15 @@ def patch_model(
     for name, packed_layer in already.items():
         packed_layer.backend, packed_layer.compute = backend, compute
         report.layers.append(_layer_report(name, packed_layer, "was packed already"))
-    layers = []
+    layers = list(repacked.values())
+    for name, packed_layer in repacked.items():
+        module = model.get_submodule(name)
+        packed_layer.backend, packed_layer.compute = backend, compute
+        packed_layer.train(module.training)
+        _replace(model, module, packed_layer)
+        report.layers.append(_layer_report(name, packed_layer, "repacked, each code as it was"))
+    if repacked:
+        forget_packing(model)
     for name, linear, chosen in plan:
         pruned = chosen.pattern == "sparse24" and not is_sparse24(linear.weight)
         layer = PackedLinear(pack(linear.weight, chosen), linear.bias, backend, compute)
@@ -233,10 +249,12 @@ def explain(
     return Explanation(explained)
 
 
-def _select(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def _select(
+    model: nn.Module, skip: Sequence[str], repacked: Collection[str] = ()
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     linears, skipped, used = {}, {}, set()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or name in repacked:
             continue
         hits = [s for s in skip if name == s or name.endswith("." + s) or fnmatchcase(name, s)]
         used.update(hits)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ctp_kernels import CTPError, PackedLinear, pack, patch_model
+from ctp_kernels import CTPError, PackedLinear, pack, parse_format, patch_model
 from ctp_kernels.checkpoints import (
     MANIFEST,
     RECORD,
@@ -112,15 +112,19 @@ def test_gptq_layers(name: str, layout: str, ordered: bool) -> None:
 
 def test_a_zero_of_0_is_written_as_gptq_v2_and_read_from_both() -> None:
     layer = a_layer("int4-g32-asym")
-    assert gptq.layout_for([layer]) == "gptq"
-    layer.weight.buffers["zeros"][3, 2] = 0
+    assert gptq.layout_for([a_layer("int4-g32")]) == "gptq"
     assert gptq.layout_for([a_layer("int4-g32"), layer]) == "gptq_v2"
+    layer.weight.buffers["zeros"][3, 2] = 0
     with pytest.raises(CTPError, match="gptq_v2"):
         gptq.write_layer(layer, "gptq")
     parts = gptq.write_layer(layer, "gptq_v2")
     assert same(gptq.read_layer(parts, (64, 256), {"format": "gptq_v2"}, torch.float16), layer)
-    stored = (words_to_codes(parts["qzeros"], 4, 64) - 1) & 15  # as gptq's writers wrap it
-    parts["qzeros"] = codes_to_words(stored, 4)
+    borrowed = parts | {"qzeros": parts["qzeros"] - 0x11111111}  # as GPTQModel writes it: of whole words
+    assert same(gptq.read_layer(borrowed, (64, 256), {}, torch.float16), layer)
+    layer = a_layer("int3-g32-asym")
+    layer.weight.buffers["zeros"][3, 2] = 0
+    parts = gptq.write_layer(layer, "gptq_v2")
+    parts["qzeros"] = codes_to_words((words_to_codes(parts["qzeros"], 3, 64) - 1) & 7, 3)  # but 3 bits, of fields
     assert same(gptq.read_layer(parts, (64, 256), {}, torch.float16), layer)
 
 
@@ -136,8 +140,8 @@ def test_planar_gptq() -> None:
     assert same(gptq.read_layer(parts, (64, 256), {"checkpoint_format": "gptq_p"}, torch.float16), layer)
 
 
-def config_for(name: str, ordered: bool = False) -> dict:
-    return compressed_tensors.quantization_config(pack(torch.ones(8, 256), name).format, ordered, ["lm_head"])
+def config_for(name: str) -> dict:
+    return compressed_tensors.quantization_config(parse_format(name), ["lm_head"])
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -145,7 +149,14 @@ def config_for(name: str, ordered: bool = False) -> dict:
 def test_compressed_tensors_layers(name: str, ordered: bool) -> None:
     layer = a_layer(name, ordered=ordered and "row" not in name)
     format = layer.weight.format
-    parts = compressed_tensors.write_layer(layer, format.symmetric)
+    parts = compressed_tensors.write_layer(Layer(layer.weight), format.symmetric)
+    if layer.order is not None:  # of versions before 0.20, which nothing writes any more
+        back = torch.argsort(layer.order)
+        columns = words_to_codes(parts["weight_packed"], format.bits, 256)[:, back]
+        parts |= {"weight_packed": codes_to_words(columns, format.bits),
+                  "weight_g_idx": torch.arange(256)[back] // (format.group_size or 256)}  # fmt: skip
+        with pytest.raises(CTPError, match="write gptq"):
+            compressed_tensors.write_layer(layer, format.symmetric)
     signed = words_to_codes(parts["weight_packed"], format.bits, 256).float() - 2 ** (format.bits - 1)
     if "weight_zero_point" in parts:
         zeros = words_to_codes(parts["weight_zero_point"].T.contiguous(), format.bits, 64).T.float()
@@ -154,7 +165,7 @@ def test_compressed_tensors_layers(name: str, ordered: bool) -> None:
     group = parts.get("weight_g_idx", torch.arange(256) // (format.group_size or 256)).long()
     weight = parts["weight_scale"].float()[:, group] * (signed - (zeros - 2 ** (format.bits - 1))[:, group])
     assert torch.equal(weight.half(), dense(layer))
-    config = config_for(name, ordered)
+    config = config_for(name)
     assert same(compressed_tensors.read_layer(parts, (64, 256), config, torch.float16), layer)
 
 
@@ -231,6 +242,13 @@ def test_a_model_there_and_back(tmp_path, name: str, format: str, to: str) -> No
     export_model(loaded, tmp_path / "out", to)  # replaces what it wrote
 
 
+@pytest.mark.parametrize("format", ["int4", "int3-row"])
+def test_sizes_that_fill_no_word_go_through_gptq(tmp_path, format: str) -> None:
+    model = patch_model(in_half(small_model("llama-gqa-tied")), format)  # 172 inputs
+    export_model(model, tmp_path / "out", "gptq")
+    assert torch.equal(load_packed(tmp_path / "out")(IDS).logits, model(IDS).logits)
+
+
 def ordered_model() -> torch.nn.Module:
     """A packed model whose layers, but those of q, k and v of the first block, have inputs in an order of their own."""
     model = patch_model(llama(), "int4-g32")
@@ -261,7 +279,7 @@ def test_an_order_of_inputs_is_followed_forward_and_backward() -> None:
     assert torch.equal(compiled(x.float()), packed(x.float()))
 
 
-@pytest.mark.parametrize("to", [*("gptq", "compressed-tensors"), "own"])
+@pytest.mark.parametrize("to", ["gptq", "own"])
 def test_a_model_with_orders_of_inputs(tmp_path, to: str) -> None:
     model = ordered_model()
     expected, folder = model(IDS).logits, tmp_path / "out"
@@ -269,6 +287,8 @@ def test_a_model_with_orders_of_inputs(tmp_path, to: str) -> None:
         save_packed(model, folder)
     else:
         export_model(model, folder, to)
+        with pytest.raises(CTPError, match="act-order"):
+            export_model(model, tmp_path / "other", "compressed-tensors")
     loaded = load_packed(folder)
     assert torch.equal(loaded(IDS).logits, expected)
     assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -416,10 +436,60 @@ def test_a_packed_head_is_tied_no_more(tmp_path) -> None:
         assert isinstance(loaded.lm_head, PackedLinear) and torch.equal(loaded(IDS).logits, expected)
 
 
+class Foreign(torch.nn.Module):
+    """A layer as another library leaves it in memory: in a layout of its own, of which only the sizes can be known."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("bias", linear.bias)
+
+
+def loaded_elsewhere(folder) -> torch.nn.Module:
+    """The model of an exported folder, with layers that are not this package's."""
+    model = load_packed(folder)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            model.set_submodule(name, Foreign(module))
+    model.config.quantization_config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    model.config._name_or_path = str(folder)
+    return model
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_model_that_another_library_loaded_is_repacked_from_its_files(tmp_path, name: str, to: str) -> None:
+    skip = ("lm_head", "up_proj") if name == "llama" else ("lm_head",)
+    expected = patch_model(a_model(name), "int3-g32-asym", skip=skip)
+    export_model(expected, tmp_path / "out", to)
+    model = patch_model(loaded_elsewhere(tmp_path / "out"))
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    assert {layer.note for layer in model.ctp_report.layers} == {"repacked, each code as it was"}
+    left = [name for name, why in model.ctp_report.skipped.items() if why == "its checkpoint left it dense"]
+    assert len(left) == (2 if name == "llama" else 0)
+    assert not hasattr(model.config, "quantization_config")
+    if name == "llama":  # a format that is asked for is for what the checkpoint left dense
+        named = patch_model(loaded_elsewhere(tmp_path / "out"), "int4-g32")
+        assert {m.format.name for m in named.modules() if isinstance(m, PackedLinear)} == {"int3-g32-asym", "int4-g32"}
+    save_packed(model, tmp_path / "own")
+    assert torch.equal(load_packed(tmp_path / "own")(IDS).logits, expected(IDS).logits)
+
+
+def test_a_model_whose_files_are_gone_is_not_repacked(tmp_path) -> None:
+    export_model(patch_model(llama(), "int4-g32"), tmp_path / "out", "gptq")
+    model = loaded_elsewhere(tmp_path / "out")
+    for name, told in (("no/where", "cannot find"), (str(tmp_path), "holds no GPTQ")):
+        model.config._name_or_path = name
+        with pytest.raises(CTPError, match=told) as error:
+            patch_model(model)
+        assert "\n" not in str(error.value)
+    assert isinstance(model.model.layers[0].mlp.up_proj, Foreign)
+
+
 REFUSED = {
     "floating": ("llama", "sparse24", "compressed-tensors", "export it as dense"),
-    "rows": ("llama-gqa-tied", "int4-row", "gptq", "multiples of 32"),
-    "groups": ("llama", "int4-g24", "compressed-tensors", "multiples of its groups"),
+    "groups": ("llama", "int4-g24", "compressed-tensors", "a multiple of the groups"),
     "unknown": ("llama", "int4-g32", "awq", "choose gptq"),
 }
 

@@ -6,7 +6,8 @@
                                                        3 bits were padded, ten codes a word, under the same name
     weight_scale       float (N, groups), or (1,)
     weight_zero_point  int32 (ceil(N b / 32), groups)  zeros, a bit string along N; int8 in older files; or absent
-    weight_g_idx       int32 (K,)                      the group of each input, where act-order leaves it unsorted
+    weight_g_idx       int32 (K,)                      the group of each input, where act-order leaves it unsorted; read
+                                                       by versions before 0.20 only
     weight_shape       int64 (2,)                      N, K
 
 Codes and zeros are signed numbers plus 2^(b-1), which is how our formats write them too. Older versions also wrote
@@ -28,7 +29,7 @@ from ..errors import CTPError
 from ..format import Format
 from ..packed import PackedWeight, pack_codes, pack_values
 from ..patterns import bytes_to_mask
-from .layer import Layer, Parts, dense_codes, from_group_order, group_order, stored_scales
+from .layer import Layer, Parts, dense_codes, group_order, stored_scales
 from .words import codes_to_words, padded_to_codes, words_of, words_to_codes
 
 METHOD = "compressed-tensors"
@@ -66,24 +67,24 @@ def write_layer(layer: Layer, symmetric: bool) -> dict[str, torch.Tensor]:
     """The tensors of a packed layer with codes, `pack-quantized`, bit for bit what `read_layer` reads back.
 
     A pruned entry is written as the code of its group's zero: exactly 0. `symmetric`: that no layer of the model has
-    zeros, so that none is expected to. Raises CTPError for a weight without codes.
+    zeros, so that none is expected to. Raises CTPError for a weight without codes, and for inputs in an order of their
+    own.
     """
     format, (n, k) = layer.weight.format, layer.weight.shape
+    if layer.order is not None:
+        raise CTPError(f"{METHOD} reads an order of inputs no more: write gptq")
     codes, zeros = dense_codes(layer.weight)
     tensors = {
-        "weight_packed": codes_to_words(from_group_order(codes, layer.order), format.bits),
+        "weight_packed": codes_to_words(codes, format.bits),
         "weight_scale": layer.weight.buffers["scales"],
         "weight_shape": torch.tensor([n, k]),
     }
     if not symmetric:
         tensors["weight_zero_point"] = codes_to_words(zeros.T.contiguous(), format.bits).T.contiguous()
-    if layer.order is not None:
-        group = torch.arange(k, dtype=torch.int32) // (format.group_size or k)
-        tensors["weight_g_idx"] = from_group_order(group, layer.order)
     return tensors
 
 
-def quantization_config(format: Format, ordered: bool, ignore: list[str]) -> dict[str, Any]:
+def quantization_config(format: Format, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of a model whose Linear layers, but those to `ignore`, `write_layer` wrote."""
     weights = {
         "num_bits": format.bits,
@@ -91,7 +92,6 @@ def quantization_config(format: Format, ordered: bool, ignore: list[str]) -> dic
         "symmetric": format.symmetric,
         "strategy": "channel" if format.group_size is None else "group",
         "group_size": format.group_size,
-        "actorder": "group" if ordered else None,
         "dynamic": False,
         "block_structure": None,
         "observer": "minmax",

@@ -31,7 +31,7 @@ def export_model(
 ) -> dict[str, Any]:
     """Write a patched transformers model to `folder` in the layout `to`, as a whole or not at all.
 
-    `gptq` (or `gptq_v2`, chosen where a zero of 0 asks for it) and `compressed-tensors` (`pack-quantized`) take models
+    `gptq` (`gptq_v2` where there are zeros) and `compressed-tensors` (`pack-quantized`) take models
     whose packed layers have codes, all of one width and group size; pruned entries become codes of exactly 0. `dense`
     takes any, and leaves `model` unpatched. Returns what `ctp_export.json` records: `record`, the layout and sizes.
     Raises CTPError, before anything is written, for a model that the layout cannot hold.
@@ -73,27 +73,31 @@ def _pack(model: nn.Module, layers: dict[str, PackedLinear], to: str) -> tuple[d
     """The tensors of the packed layers by their full names, and the `quantization_config`."""
     formats = {(m.format.values, m.format.group_size) for m in layers.values()}
     for name, m in layers.items():
-        n, k = m.out_features, m.in_features
         if not m.format.quantized:
             raise CTPError(f"{name} is {m.format}, which {to} has no codes for: export it as dense")
-        if k % (m.format.group_size or k) or (to == "gptq" and (k % 32 or n % 32)):
-            multiple = "32, and K of " if to == "gptq" else ""
-            raise CTPError(f"{name} is {m.format} of shape ({n}, {k}); {to} asks for multiples of {multiple}its groups")
+        if to != "gptq" and m.input_order is not None:
+            raise CTPError(
+                f"{name} has its inputs in an order of its own (act-order), which {to} reads no more: use gptq"
+            )
+        if to != "gptq" and m.in_features % (m.format.group_size or 1):
+            raise CTPError(
+                f"{name} has {m.in_features} inputs, and {to} asks for a multiple of the groups of {m.format}"
+            )
     if len(formats) > 1:
         found = ", ".join(sorted({m.format.name for m in layers.values()}))
         raise CTPError(f"the layers differ in format ({found}), and {to} is written for models of one")
     packed = {name: Layer(m.packed, m.input_order) for name, m in layers.items()}
     symmetric = all(m.format.symmetric for m in layers.values())
     format = Format("dense", *next(iter(formats)), symmetric)
-    ordered = any(layer.order is not None for layer in packed.values())
     dense = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if to == "gptq":
         layout = gptq.layout_for(packed.values())
         written = {name: gptq.write_layer(layer, layout) for name, layer in packed.items()}
+        ordered = any(layer.order is not None for layer in packed.values())
         packing = gptq.quantization_config(format, layout, ordered, dense, _packs_head(model))
     else:
         written = {name: compressed_tensors.write_layer(layer, symmetric) for name, layer in packed.items()}
-        packing = compressed_tensors.quantization_config(format, ordered, dense)
+        packing = compressed_tensors.quantization_config(format, dense)
     parts = {f"{name}.{part}": tensor.cpu() for name, parts in written.items() for part, tensor in parts.items()}
     return parts, packing
 

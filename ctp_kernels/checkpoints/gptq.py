@@ -6,8 +6,9 @@
     g_idx     int32 (K,)                       the group of each input; act-order ("desc_act") makes it unsorted
 
 weight[n, k] = scales[g, n] * (code[k, n] - zero[g, n]), g = g_idx[k]: the numbers of our formats, in another order, so
-neither direction rounds anything. `gptq` writes a zero of 0 as the largest code, which its readers take for 2^b or for
-0: here it is read as 0, and written as `gptq_v2`.
+neither direction rounds anything. A zero of 0 has no place in `gptq`: its writers subtract 1 from whole words of 2, 4
+or 8 bits, where a field of 0 borrows from the next, and from each field of 3 bits, and readers differ. Here it is read
+as GPTQModel writes it, and written as `gptq_v2`. `gptq_p` differs from `gptq_v2` in 3 bits alone (see words.py).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ METHOD = "gptq"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 #: What in a tensor's name follows the name of a packed layer.
 MARK = re.compile(r"\.qweight$")
-#: Layouts of a checkpoint: the number added to a stored zero.
+#: Layouts of a checkpoint: what is added to a stored zero.
 LAYOUTS = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
 _BITS = (2, 3, 4, 8)
+#: Words with a 1 in every field.
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -78,8 +81,11 @@ def read_layer(parts: Parts, shape: tuple[int, int], config: Mapping[str, Any], 
         zeros = planar_to_codes(qzeros, n)
     else:
         codes = words_to_codes(qweight.T.contiguous(), bits, k)
+        if bits != 3:
+            qzeros = qzeros + LAYOUTS[layout] * _ONES[bits]
         zeros = words_to_codes(qzeros, bits, n)
-    zeros = (zeros + LAYOUTS[layout]) & (2**bits - 1)
+        if bits == 3:
+            zeros = (zeros + LAYOUTS[layout]) & 7
     symmetric = bool((zeros == 2 ** (bits - 1)).all())
     format = Format("dense", f"int{bits}", size, symmetric)
     scales = stored_scales(scales).T.contiguous()
@@ -89,9 +95,9 @@ def read_layer(parts: Parts, shape: tuple[int, int], config: Mapping[str, Any], 
 
 
 def layout_for(layers: Iterable[Layer]) -> str:
-    """`gptq`, which most software reads, or `gptq_v2` where a zero is 0."""
-    zeros = [layer.weight.buffers["zeros"] for layer in layers if "zeros" in layer.weight.buffers]
-    return "gptq_v2" if any(bool((zero == 0).any()) for zero in zeros) else "gptq"
+    """`gptq`, which all software reads, or `gptq_v2` where there are zeros: GPTQModel takes those of `gptq` from itself
+    alone, as others wrote them wrongly."""
+    return "gptq" if all(layer.weight.format.symmetric for layer in layers) else "gptq_v2"
 
 
 def quantization_config(format: Format, layout: str, ordered: bool, dense: list[str], lm_head: bool) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import CTPError
+from ..errors import CTPError, first_line
 from ..linear import PackedLinear
 from ..memory import in_huge_pages
 from . import compressed_tensors, gptq
@@ -34,6 +35,49 @@ def is_packed(config: Any) -> bool:
     return method in _LAYOUTS
 
 
+def find_folder(name: str) -> Path:
+    """The folder of a model by its path or hub name, fetched where it is on the hub. Raises CTPError for neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CTPError(
+            f"cannot find the files of {name}, neither on disk nor on the hub: {first_line(error)}"
+        ) from error
+
+
+def repack(model: nn.Module) -> dict[str, PackedLinear]:
+    """Packed layers for those of a model that transformers or GPTQModel loaded from GPTQ or compressed-tensors.
+
+    By name, on the device of the layer that each may take the place of; the model stays as it is. Whatever the other
+    library made of the weights in memory, codes are read from the files that it loaded. {} for any other model.
+    Raises CTPError where those are not found, or hold other layers than the model.
+    """
+    if not is_packed(getattr(model, "config", None)):
+        return {}
+    folder = find_folder(str(model.config._name_or_path))  # type: ignore[union-attr]
+    packing = _written_packing(folder)
+    if packing is None:
+        raise CTPError(f"{folder}, where the model was loaded from, holds no GPTQ or compressed-tensors checkpoint now")
+    packed = {}
+    for name, layer in _read_foreign(folder, packing, model).layers.items():
+        module = model.get_submodule(name)
+        tensors = [*module.parameters(), *module.buffers()]
+        bias: Any = getattr(module, "bias", None)
+        packed[name] = PackedLinear(layer.weight, bias, order=layer.order).to(tensors[0].device)
+    return packed
+
+
+def forget_packing(model: nn.Module) -> None:
+    """Take from a repacked model the signs by which transformers takes it for another library's."""
+    for owner, names in ((model.config, ("quantization_config",)), (model, ("hf_quantizer", "quantization_method"))):
+        for name in names:
+            if hasattr(owner, name):
+                delattr(owner, name)
+    model.is_quantized = False  # type: ignore[assignment]
+
+
 def load_packed(folder: str | Path) -> nn.Module:
     """The transformers model of a packed checkpoint, on the CPU, in eval mode, with nothing trainable.
 
@@ -50,14 +94,14 @@ def load_packed(folder: str | Path) -> nn.Module:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CTPError(f"{folder / 'config.json'} cannot be read ({error})") from error
-    packing = getattr(config, "quantization_config", None)
-    if own is None and not is_packed(config):
+    packing = _written_packing(folder)
+    if own is None and packing is None:
         raise CTPError(f"{folder} is not a packed checkpoint (no {MANIFEST}): make one with ctp compress")
     if packing is not None:
         delattr(config, "quantization_config")  # of what the model will be no more
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
-    contents = own or _read_foreign(folder, packing, model)
+    contents = own or _read_foreign(folder, packing or {}, model)
     for name, layer in contents.layers.items():
         _install(model, name, layer, contents.tensors)
     _fill(model, contents, folder)
@@ -91,11 +135,10 @@ def _fill(model: nn.Module, contents: Contents, folder: Path) -> None:
 
 def _install(model: nn.Module, name: str, layer: Layer, tensors: dict[str, torch.Tensor]) -> None:
     """Put the packed layer in the place of the model's Linear of that name; its bias is loaded with the rest."""
-    linear = _linear(model, name)
     n, k = layer.weight.shape
-    if linear is None or (linear.out_features, linear.in_features) != (n, k):
+    if _shape(model, name) != (n, k):
         raise CTPError(f"the checkpoint names a layer {name!r} of shape ({n}, {k}) that the model does not have")
-    bias = linear.bias
+    bias: Any = model.get_submodule(name).bias
     given = tensors.get(f"{name}.bias")
     if bias is None and given is not None:  # AutoGPTQ gives every layer one, of zeros where the model has none
         if not given.any():
@@ -110,9 +153,17 @@ def _install(model: nn.Module, name: str, layer: Layer, tensors: dict[str, torch
     setattr(model.get_submodule(parent), leaf, packed_layer)
 
 
-def _read_foreign(folder: Path, packing: Any, model: nn.Module) -> Contents:
+def _written_packing(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` in a folder's config.json, if it is of a layout that is read here."""
+    try:
+        packing = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return packing if packing["quant_method"] in _LAYOUTS else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_foreign(folder: Path, config: dict[str, Any], model: nn.Module) -> Contents:
     """The contents of a GPTQ or compressed-tensors folder; the model tells which shape a layer has."""
-    config = packing if isinstance(packing, dict) else packing.to_dict()
     layout = _LAYOUTS[config["quant_method"]]
     layout.check(config)
     tensors: dict[str, torch.Tensor] = {}
@@ -122,13 +173,13 @@ def _read_foreign(folder: Path, packing: Any, model: nn.Module) -> Contents:
     dtype = model.config.dtype or torch.float16  # type: ignore[union-attr]
     layers = {}
     for name in [layout.MARK.sub("", key) for key in tensors if layout.MARK.search(key)]:
-        linear = _linear(model, name)
-        if linear is None:
+        shape = _shape(model, name)
+        if shape is None:
             raise CTPError(f"the checkpoint names a packed layer {name!r} that {type(model).__name__} does not have")
         keys = [(part, f"{name}.{prefix}{part}") for part in layout.PARTS for prefix in ("", "weight.")]
         parts = {part: tensors.pop(key) for part, key in keys if key in tensors}
         try:
-            layers[name] = layout.read_layer(parts, (linear.out_features, linear.in_features), config, dtype)
+            layers[name] = layout.read_layer(parts, shape, config, dtype)
         except CTPError as error:
             raise CTPError(f"layer {name!r} of {folder}: {error}") from error
     if not layers:
@@ -139,11 +190,10 @@ def _read_foreign(folder: Path, packing: Any, model: nn.Module) -> Contents:
 def describe_foreign(folder: Path) -> dict[str, Any] | None:
     """{"quantization_config", "layers": names of the packed ones, "files": {name: bytes}} of a GPTQ or
     compressed-tensors folder, from its configuration and the heads of its files; None for any other folder."""
-    try:
-        packing = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        layout = _LAYOUTS[packing["quant_method"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    packing = _written_packing(folder)
+    if packing is None:
         return None
+    layout = _LAYOUTS[packing["quant_method"]]
     layers, files = [], {}
     for path in _weight_files(folder):
         files[path.name] = path.stat().st_size
@@ -172,9 +222,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear | None:
+def _shape(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """(N, K) of the model's layer of that name: a Linear, or what another library has put in its place."""
     try:
         found = model.get_submodule(name)
     except AttributeError:
         return None
-    return found if isinstance(found, nn.Linear) else None
+    n, k = getattr(found, "out_features", None), getattr(found, "in_features", None)
+    return (n, k) if isinstance(n, int) and isinstance(k, int) else None
