@@ -59,6 +59,15 @@ def median_seconds(call: Callable[[], object], device: str, repeats: int = 5) ->
 
 
 @cache
+def cold_bytes() -> int:
+    """Bytes of copies of a weight to rotate over, so that none is still in a cache of the CPU: 64 MB, or more than the
+    largest cache that Linux names (which a virtual machine may share with others)."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    kilobytes = [int(size.removesuffix("K")) for size in sizes if re.fullmatch(r"\d+K", size)]
+    return max([64 * 2**20, *(size * 2**10 * 5 // 4 for size in kilobytes)])
+
+
+@cache
 def machine(device: str) -> Machine:
     """Name the machine and measure its roofs; takes about two seconds on two cores."""
     big = torch.ones((128 if device == "cpu" else 1024) * 2**20, device=device)

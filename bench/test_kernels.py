@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 
-from bench.machine import machine
+from bench.machine import cold_bytes, machine
 from ctp_kernels import FORMATS, PackedWeight, pack, parse_format
 from ctp_kernels.linear import PackedLinear
 from ctp_kernels.memory import in_huge_pages
@@ -39,7 +39,6 @@ SHAPES = [(4096, 4096), (2048, 2048), (11008, 4096), (4096, 11008)]
 ROWS = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512, 1024, 4096]
 #: The selection of a short run. --benchmark-full: every row at the first shape, these at the others, other formats.
 QUICK = {"forward": [1, 4, 16, 64, 512], "dX": [16, 64, 512]}
-CACHE = 64 * 2**20  # rotate over copies of the weight that together exceed it
 
 
 @dataclass
@@ -61,7 +60,7 @@ def weight(format: str, zeros: float, shape: tuple[int, int], dtype: torch.dtype
     unpacked = packed.unpack(dtype)
 
     def copies(nbytes: int) -> range:
-        return range(1 + CACHE // nbytes)
+        return range(1 + cold_bytes() // nbytes)
 
     clones = [
         PackedWeight(packed.format, packed.shape, dtype, {k: t.clone() for k, t in packed.buffers.items()})

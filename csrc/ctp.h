@@ -18,7 +18,7 @@ extern "C" {
 
 enum ctp_pattern { CTP_DENSE = 0, CTP_SPARSE24 = 1, CTP_UNSTRUCTURED = 2 };
 enum ctp_values { CTP_FP32 = 0, CTP_FP16 = 1, CTP_BF16 = 2, CTP_INT8 = 3, CTP_INT4 = 4, CTP_INT3 = 5, CTP_INT2 = 6 };
-enum ctp_isa { CTP_BASELINE = 0, CTP_AVX2 = 1, CTP_AVX512 = 2, CTP_BEST = -1 };
+enum ctp_isa { CTP_BASELINE = 0, CTP_AVX2 = 1, CTP_AVX512 = 2, CTP_AMX = 3, CTP_BEST = -1 };
 enum ctp_compute {
   CTP_EXACT = 0,
   /* Codes only: x is first rounded to 8-bit integers, x ~ scale * q with |q| <= 127 and scale = max|x| / 127 for

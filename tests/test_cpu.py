@@ -50,6 +50,7 @@ HAZARDS = {
     "blocks_panel": (40, (7, 712)),
     "pairs_m6": (6, (7, 1452)),
     "pairs_m21": (21, (6, 1180)),
+    "tiles": (270, (37, 616)),
     "digits": (1, (7, 1032)),
     "digits_in_chunks": (1, (5, 4360)),
 }
@@ -58,7 +59,7 @@ HAZARDS = {
 def isas() -> Iterator[str]:
     """Each instruction set of this processor, switched on while the loop is at it."""
     try:
-        for name in ("avx512", "avx2", "baseline"):
+        for name in ("amx", "avx512", "avx2", "baseline"):
             try:
                 cpu.set_isa(name)
             except CTPError:
@@ -198,6 +199,20 @@ def test_infinite_entries_meet_their_own_input_only(m: int) -> None:
         y = cpu.matmul(x, packed.tensors, packed.format, n, None)
         assert torch.equal(y.isnan(), expected.isnan()), isa
         assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0)), isa
+
+
+@pytest.mark.parametrize("size", [2.0**118, 2.0**-120])
+@pytest.mark.parametrize("name", ["int8-g32", "sparse24-bf16", "unstructured-int4-g32"])
+def test_many_rows_of_huge_and_tiny_activations(name: str, size: float) -> None:
+    """Sums of codes, before their scale, would pass what fp32 holds; parts of tiny numbers would fall below it."""
+    n, k, m = 40, 200, 70
+    packed, weight = packed_weight(name, (n, k))
+    x, dy = random(m, k, dtype=torch.float32), random(m, n, dtype=torch.float32)
+    for isa in isas():
+        y = cpu.matmul(x * size, packed.tensors, packed.format, n, None).double() / size
+        dx = cpu.matmul_t(dy * size, packed.tensors, packed.format, k).double() / size
+        assert torch.allclose(y, x.double() @ weight.double().T, atol=1e-4, rtol=1e-4), isa
+        assert torch.allclose(dx, dy.double() @ weight.double(), atol=1e-4, rtol=1e-4), isa
 
 
 @pytest.mark.parametrize("name", NAMES)

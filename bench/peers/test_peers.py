@@ -19,12 +19,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.machine import cold_bytes
 from ctp_kernels import PackedLinear, PackedWeight, pack, parse_format
 from ctp_kernels.memory import in_huge_pages
 
 N = K = 4096
 ROWS = [1, 4, 16, 64, 512]
-CACHE = 64 * 2**20
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -36,7 +36,7 @@ def case(format: str, zeros: float) -> tuple[list[PackedWeight], torch.Tensor]:
     packed = pack(weight, parse_format(format))
     copies = [
         PackedWeight(packed.format, packed.shape, torch.float32, {k: t.clone() for k, t in packed.buffers.items()})
-        for _ in range(1 + CACHE // packed.nbytes)
+        for _ in range(1 + cold_bytes() // packed.nbytes)
     ]
     in_huge_pages(copy.buffers for copy in copies)  # as patch_model does
     return copies, packed.unpack(torch.float32)

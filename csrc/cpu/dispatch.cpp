@@ -2,6 +2,12 @@
 
 #include <stdlib.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace ctp {
@@ -14,28 +20,45 @@ struct Arena {
 };
 thread_local Arena arena;
 
+// Whether the processor has AMX for bf16, and the system lets this process use it.
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX-512 BF16
+  constexpr long kAskFor = 0x1023, kTileData = 18;                              // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool runs_here(int32_t isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // Every processor with AVX2 has F16C, POPCNT and BMI too; compilers do not all know those names here.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == CTP_AVX2) return avx2;
-  if (isa == CTP_AVX512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vnni");
+  if (isa == CTP_AVX512 || isa == CTP_AMX)
+    return (isa == CTP_AVX512 || has_tiles()) && avx2 && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 #endif
   return isa == CTP_BASELINE;
 }
 
-int32_t best_isa() { return runs_here(CTP_AVX512) ? CTP_AVX512 : runs_here(CTP_AVX2) ? CTP_AVX2 : CTP_BASELINE; }
+int32_t best_isa() {
+  int32_t isa = CTP_AMX;
+  while (!runs_here(isa)) --isa;
+  return isa;
+}
 
 int32_t chosen_isa = best_isa();
 
 int run(const Job& job, int threads) {
 #if defined(__x86_64__)
-  if (chosen_isa == CTP_AVX512) return avx512::run(job, threads);
+  if (chosen_isa >= CTP_AVX512) return avx512::run(job, threads);
   if (chosen_isa == CTP_AVX2) return avx2::run(job, threads);
 #endif
   return baseline::run(job, threads);
@@ -73,7 +96,7 @@ int checked_run(const ctp_weight* weight, const void* x, int64_t ldx, int64_t m,
     return CTP_BAD_ARGUMENT;
   if (m == 0) return CTP_OK;
   if (!x || !y) return CTP_BAD_ARGUMENT;
-  return run({complete(*weight), x, ldx, m, bias, y, dtype, transposed, compute}, threads);
+  return run({complete(*weight), x, ldx, m, bias, y, dtype, transposed, compute, chosen_isa == CTP_AMX}, threads);
 }
 
 }  // namespace
@@ -103,7 +126,7 @@ int ctp_cpu_matmul_t(const ctp_weight* weight, const void* dy, int64_t lddy, int
 
 int64_t ctp_cpu_multiply_add(int64_t turns, int32_t threads) {
 #if defined(__x86_64__)
-  if (ctp::chosen_isa == CTP_AVX512) return ctp::avx512::multiply_add(turns, threads);
+  if (ctp::chosen_isa >= CTP_AVX512) return ctp::avx512::multiply_add(turns, threads);
   if (ctp::chosen_isa == CTP_AVX2) return ctp::avx2::multiply_add(turns, threads);
 #endif
   return ctp::baseline::multiply_add(turns, threads);
@@ -112,11 +135,14 @@ int64_t ctp_cpu_multiply_add(int64_t turns, int32_t threads) {
 uint32_t ctp_cpu_abi(void) { return CTP_ABI; }
 
 const char* ctp_cpu_isa(void) {
-  return ctp::chosen_isa == CTP_AVX512 ? "avx512" : ctp::chosen_isa == CTP_AVX2 ? "avx2" : "baseline";
+  return ctp::chosen_isa == CTP_AMX      ? "amx"
+         : ctp::chosen_isa == CTP_AVX512 ? "avx512"
+         : ctp::chosen_isa == CTP_AVX2   ? "avx2"
+                                         : "baseline";
 }
 
 int ctp_cpu_set_isa(int32_t isa) {
-  if (isa < CTP_BEST || isa > CTP_AVX512) return CTP_BAD_ARGUMENT;
+  if (isa < CTP_BEST || isa > CTP_AMX) return CTP_BAD_ARGUMENT;
   if (isa == CTP_BEST) isa = ctp::best_isa();
   if (!ctp::runs_here(isa)) return CTP_UNSUPPORTED_ISA;
   ctp::chosen_isa = isa;

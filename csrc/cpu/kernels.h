@@ -26,6 +26,7 @@ struct Job {
   int32_t dtype;
   bool transposed;
   int32_t compute;  // enum ctp_compute
+  bool tiles;       // whether to multiply tiles: amx.h
   int64_t columns() const { return transposed ? weight.k : weight.n; }
   int64_t depth() const { return transposed ? weight.n : weight.k; }
 };

@@ -5,6 +5,7 @@
 // with zeros and rows enough: skip.h. bf16 activations: brain.h. Activations rounded to integers: int8.h. Every sum
 // runs in an order that depends on K (or N) only, so the bits do not depend on the number of threads.
 
+#include "amx.h"
 #include "brain.h"
 #include "digits.h"
 #include "int8.h"
@@ -326,7 +327,7 @@ int run(const Job& job, int threads) {
   const Decoder& decoder = decoder_of(w);
   if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
-  if (run_digits(job, decoder, threads)) return CTP_OK;
+  if (run_digits(job, decoder, threads) || run_tiles(job, decoder, threads)) return CTP_OK;
   const bool pairs = in_brain(job), skip = skips(job, pairs) && all_finite(job, threads);
   const bool dot = !skip && !job.transposed &&
                    job.m <= (!pairs                 ? kDotLimit

@@ -206,9 +206,8 @@ bool all_finite(const Job& job, int threads) {
 inline bool skips(const Job& job, bool brain) {
   const Weight& w = job.weight;
   if (w.pattern == CTP_DENSE) return false;
-  const double entries = (double)w.n * (double)w.k;
-  const double share = w.pattern == CTP_SPARSE24 ? 0.5 : (double)w.row_offsets[w.n] * 8 / entries;
-  const bool few = share < 0.35;
+  const double share = share_stored(w);
+  const bool few = share < kFewStored;
   if (share > 0.6 || (brain && !few)) return false;
   if (job.transposed) return job.m >= (brain ? 128 : few ? 32 : 80);
   // Of a vector of rows of x, most have to be there: an empty lane costs as much as a row.

@@ -44,6 +44,11 @@ struct Floating {
   }
 };
 
+inline float scale_of(const Weight& w, int64_t row, int64_t group) {
+  const int64_t i = row * w.groups + group;
+  return w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i];
+}
+
 template <int kBits>
 struct Coded {
   static constexpr bool kGrouped = true, kBrain = false;
@@ -53,9 +58,8 @@ struct Coded {
     if constexpr (kBits == 3) prefetch<1>(w.stored_hi, slot, further);
   }
   static Grid<kBits> grid(const Weight& w, int64_t row, int64_t group) {
-    const int64_t i = row * w.groups + group;
-    const float scale = w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i];
-    return {scale, w.symmetric ? (float)(1 << (kBits - 1)) : (float)w.zeros[i]};
+    const float zero = w.symmetric ? (float)(1 << (kBits - 1)) : (float)w.zeros[row * w.groups + group];
+    return {w.scales ? scale_of(w, row, group) : 1.0f, zero};  // without scales (amx.h), codes less their zeros
   }
   template <int S>
   static vf raw(const Weight& w, int64_t slot) {

@@ -18,7 +18,7 @@ Matmul = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _CPU = torch.device("cpu")
 _COMPUTE = {"exact": 0, "int8": 1}
-_ISAS = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+_ISAS = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2, "amx": 3}
 
 
 @lru_cache(maxsize=1)
