@@ -67,6 +67,7 @@ def load_stored(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     name = str(source) if source.is_dir() else path
     folder = _packed_folder(source, name)
     if folder is None:
+        _load_dense(name, None)  # or says what is wrong with it
         raise CTPError(f"{path} holds no packed layer: pack it with ctp compress")
     return load_packed(folder), _load_tokenizer(name)
 
@@ -169,7 +170,7 @@ def _packed_folder(source: Path, name: str) -> Path | None:
         return source
     try:
         packed = is_packed(AutoConfig.from_pretrained(name))
-    except (OSError, ValueError, KeyError):
+    except Exception:
         return None  # loading it as a dense model says what is wrong
     return find_folder(name) if packed else None
 
@@ -182,7 +183,7 @@ def _load_dense(path: str, dtype: torch.dtype | None) -> PreTrainedModel:
         raise CTPError(f"{path} holds a damaged file: {first_line(error)}") from error
     except OSError as error:
         raise CTPError(f"cannot load {path}, neither from disk nor from the hub: {first_line(error)}") from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
         raise CTPError(f"{path} is no language model that transformers can load: {first_line(error)}") from error
     model, info = loaded
     if lacking := sorted(info["missing_keys"]):

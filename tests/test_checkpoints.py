@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ctp_kernels import CTPError, PackedLinear, pack, parse_format, patch_model
+from ctp_kernels import CTPError, PackedLinear, pack, pack_codes, parse_format, patch_model, unpatch_model
 from ctp_kernels.checkpoints import (
     MANIFEST,
     RECORD,
@@ -169,6 +169,19 @@ def test_compressed_tensors_layers(name: str, ordered: bool) -> None:
     assert same(compressed_tensors.read_layer(parts, (64, 256), config, torch.float16), layer)
 
 
+def test_sizes_that_do_not_tell_padded_codes_apart() -> None:
+    layer = a_layer("int3-row", k=140)
+    parts = compressed_tensors.write_layer(layer, True)
+    config = config_for("int3-row")
+    assert same(compressed_tensors.read_layer(parts, (64, 140), config | {"version": "0.20.1"}, torch.float16), layer)
+    codes = layer.weight.codes().int().view(64, 14, 10)
+    parts["weight_packed"] = (codes << torch.arange(0, 30, 3)).sum(-1, dtype=torch.int32)
+    assert same(compressed_tensors.read_layer(parts, (64, 140), config | {"version": "0.9.4"}, torch.float16), layer)
+    for version in (None, "0.15.0"):
+        with pytest.raises(CTPError, match="padded or not"):
+            compressed_tensors.read_layer(parts, (64, 140), config | {"version": version}, torch.float16)
+
+
 def test_older_compressed_tensors() -> None:
     layer = a_layer("int3-g32-asym")
     parts = compressed_tensors.write_layer(layer, False)
@@ -268,6 +281,7 @@ def test_an_order_of_inputs_is_followed_forward_and_backward() -> None:
     columns = torch.empty(64, 256).half()
     columns[:, layer.order.long()] = layer.weight.unpack()
     assert torch.equal(packed.weight, columns)
+    assert torch.equal(unpatch_model(torch.nn.Sequential(packed))[0].weight, columns)
     x = torch.randn(3, 5, 256, dtype=torch.float64, requires_grad=True)
     y = packed(x)
     wide = layer.weight.unpack(torch.float64)[:, torch.argsort(layer.order)]
@@ -336,6 +350,13 @@ GPTQ_DAMAGE = {
     "layout": (lambda t, c: c.update(checkpoint_format="marlin"), "marlin"),
     "marlin": (lambda t, c: c.update(is_marlin_format=True), "marlin"),
     "method": (lambda t, c: c.update(quant_method="awq"), "not a packed checkpoint"),
+    "method-list": (lambda t, c: c.update(quant_method=["gptq"]), "not a packed checkpoint"),
+    "layout-list": (lambda t, c: c.update(checkpoint_format=[1]), "quantization_config"),
+    "no-groups": (lambda t, c: [t.update({f"{Q}.{x}": t[f"{Q}.{x}"][:0]}) for x in ("qzeros", "scales")], Q),
+    "no-g_idx": (lambda t, c: (t.pop(f"{Q}.g_idx"), c.update(desc_act=True)), "g_idx"),
+    "g_idx-kind": (lambda t, c: t.update({f"{Q}.g_idx": t[f"{Q}.g_idx"].to(torch.complex64)}), Q),
+    "norm-shape": (lambda t, c: t.update({"model.norm.weight": torch.ones(3)}), "do not hold this model"),
+    "bias-shape": (lambda t, c: t.update({f"{Q}.bias": torch.ones(3)}), "outputs"),
 }
 CT_DAMAGE = {
     "no-scale": (lambda t, c: t.pop(f"{Q}.weight_scale"), "weight_scale"),
@@ -350,6 +371,13 @@ CT_DAMAGE = {
         "activations",
     ),
     "layout": (lambda t, c: c.update(format="nvfp4-pack-quantized"), "nvfp4"),
+    "groups-list": (lambda t, c: c.update(config_groups=[1]), "quantization_config"),
+    "weights-text": (lambda t, c: c["config_groups"]["group_0"].update(weights="int4"), "quantization_config"),
+    "outputs": (lambda t, c: c["config_groups"]["group_0"].update(output_activations={"num_bits": 8}), "activations"),
+    "cache": (lambda t, c: c.update(kv_cache_scheme={"num_bits": 8}), "activations"),
+    "transform": (lambda t, c: c.update(transform_config={"config_groups": {}}), "transform_config"),
+    "no-zeros": (lambda t, c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "zero_point"),
+    "wide-zeros": (lambda t, c: t.update({f"{Q}.weight_zero_point": torch.full((64, 2), 2**32)}), "zero_point"),
 }
 
 
@@ -364,6 +392,49 @@ def test_what_is_not_read_is_named(tmp_path, to: str, case: str) -> None:
     with pytest.raises(CTPError, match=told) as error:
         load_packed(folder)
     assert "\n" not in str(error.value)
+
+
+DAMAGED_CONFIGS = {
+    "list": lambda c: c.update(quantization_config=[1]),
+    "text": lambda c: c.update(quantization_config="gptq"),
+    "width": lambda c: c.update(hidden_size="64"),
+    "heads": lambda c: c.update(num_attention_heads=0),
+    "activation": lambda c: c.update(hidden_act="foo"),
+    "kind": lambda c: c.update(model_type="t5"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_CONFIGS)
+def test_damaged_configurations_are_one_sentence(tmp_path, case: str) -> None:
+    folder = tmp_path / "out"
+    export_model(patch_model(llama(), "int4-g32"), folder, "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    DAMAGED_CONFIGS[case](config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CTPError) as error:
+        load_packed(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_tensors_leave_open_the_configuration_says() -> None:
+    layer = a_layer("int4-g8", n=16, k=16)  # one word holds 8 codes of 4 bits, 16 of 2
+    parts = gptq.write_layer(layer, "gptq")
+    assert same(gptq.read_layer(parts, (16, 16), {"bits": 4}, torch.float16), layer)
+    scales = torch.full((8, 2), 3e-5).half()  # below fp16's full precision, and still what the file holds
+    layer = Layer(pack_codes(torch.zeros(8, 64, dtype=torch.uint8), scales, None, "int4-g32", dtype=torch.float16))
+    assert same(gptq.read_layer(gptq.write_layer(layer, "gptq"), (8, 64), {}, torch.float16), layer)
+    parts = compressed_tensors.write_layer(a_layer("int4-g96", k=192), True)
+    config = config_for("int4-g96")
+    config["config_groups"]["other"] = config_for("int4-g128")["config_groups"]["group_0"]
+    with pytest.raises(CTPError, match="96 or 128"):
+        compressed_tensors.read_layer(parts, (64, 192), config, torch.float16)
+
+
+def test_a_norm_in_another_dtype_is_cast(tmp_path) -> None:
+    folder, model = tmp_path / "out", patch_model(llama(), "int4-g32")
+    export_model(model, folder, "gptq")
+    edit(folder, lambda t, c: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    assert torch.equal(load_packed(folder)(IDS).logits, model(IDS).logits)
 
 
 def test_files_in_parts(tmp_path) -> None:
@@ -381,6 +452,9 @@ def test_files_in_parts(tmp_path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {name: file for file, own in files.items() for name in own}}))
     assert torch.equal(load_packed(folder)(IDS).logits, model(IDS).logits)
+    save_file({names[0]: tensors[names[0]], names[1]: tensors[names[1]]}, folder / "b.safetensors")
+    with pytest.raises(CTPError, match="another file holds"):
+        load_packed(folder)
     index.write_text(json.dumps({"weight_map": {"x": "../out/a.safetensors"}}))
     with pytest.raises(CTPError, match="lacks the file"):
         load_packed(folder)
@@ -425,6 +499,19 @@ def test_layers_of_several_formats_and_dense_ones(tmp_path) -> None:
     with pytest.raises(CTPError, match="int3-g32, int4-g32"):
         export_model(model, tmp_path / "both", "gptq")
     assert not (tmp_path / "both").exists()
+
+
+def test_a_packed_head_that_the_configuration_calls_tied(tmp_path) -> None:
+    model = patch_model(llama(), "int4-g32", skip=())
+    head, expected = model.lm_head.weight, model(IDS).logits
+    export_model(model, tmp_path / "out", "gptq")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert torch.equal(load_packed(tmp_path / "out")(IDS).logits, expected)
+    export_model(model, tmp_path / "dense", "dense")
+    from transformers import AutoModelForCausalLM
+
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").lm_head.weight, head)
 
 
 def test_a_packed_head_is_tied_no_more(tmp_path) -> None:
@@ -484,6 +571,14 @@ def test_a_model_whose_files_are_gone_is_not_repacked(tmp_path) -> None:
         with pytest.raises(CTPError, match=told) as error:
             patch_model(model)
         assert "\n" not in str(error.value)
+    model.config._name_or_path = str(tmp_path / "out")
+    model.config.quantization_config["bits"] = 8  # of another revision
+    with pytest.raises(CTPError, match="another checkpoint"):
+        patch_model(model)
+    model.config.quantization_config["bits"] = 4
+    model.model.layers[0].mlp.up_proj.adapter = torch.nn.Linear(64, 160)
+    with pytest.raises(CTPError, match="adapters"):
+        patch_model(model)
     assert isinstance(model.model.layers[0].mlp.up_proj, Foreign)
 
 
@@ -505,8 +600,9 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path, case: str) -> None:
 def test_other_folders_are_not_replaced(tmp_path) -> None:
     model = patch_model(llama(), "int4-g32")
     save_packed(model, tmp_path / "own")
-    with pytest.raises(CTPError, match="would be lost"):
-        export_model(model, tmp_path / "own", "gptq")
-    assert (tmp_path / "own" / MANIFEST).is_file()
+    for to in ("gptq", "dense"):
+        with pytest.raises(CTPError, match="would be lost"):
+            export_model(model, tmp_path / "own", to)
+    assert (tmp_path / "own" / MANIFEST).is_file() and isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
     with pytest.raises(CTPError, match="no packed layer"):
         export_model(llama(), tmp_path / "new", "gptq")

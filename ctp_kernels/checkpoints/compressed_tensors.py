@@ -49,8 +49,10 @@ def check(config: Mapping[str, Any]) -> None:
         weights = group.get("weights") or {}
         if weights.get("type", "int") != "int":
             raise CTPError(f"this checkpoint holds {weights.get('type')} codes; what is read: int, in pack-quantized")
-        if group.get("input_activations"):
+        if group.get("input_activations") or group.get("output_activations") or config.get("kv_cache_scheme"):
             raise CTPError("this checkpoint quantises activations too; what is read: weights alone (pack-quantized)")
+    if config.get("transform_config"):
+        raise CTPError("this checkpoint transforms activations (transform_config), which is not read here")
 
 
 def read_layer(parts: Parts, shape: tuple[int, int], config: Mapping[str, Any], dtype: torch.dtype) -> Layer:
@@ -106,6 +108,7 @@ def quantization_config(format: Format, ignore: list[str]) -> dict[str, Any]:
         "ignore": ignore,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+        "version": "0.20.0",  # whose layout this is
     }
 
 
@@ -125,28 +128,34 @@ def _read_codes(parts: Parts, shape: tuple[int, int], config: Mapping[str, Any],
         raise CTPError(f"its weight_shape says {named.tolist()}, and the layer is {shape}")
     if packed.dtype != torch.int32 or packed.ndim != 2 or packed.shape[0] != n:
         raise CTPError(f"its weight_packed must be an int32 matrix of {n} rows")
-    widths = {group["weights"].get("num_bits"): group["weights"] for group in _groups(config) if group.get("weights")}
+    schemes = [group["weights"] for group in _groups(config) if group.get("weights")]
     fits = {
-        bits: padded
-        for bits in widths
-        if bits in (2, 3, 4, 8)
-        for padded in (True, False)
+        (bits, padded)
+        for bits in {scheme.get("num_bits") for scheme in schemes} & {2, 3, 4, 8}
+        for padded in (False, True)
         if packed.shape[1] == (-(-k // (32 // bits)) if padded else words_of(k, bits))
+        and not (padded and 32 % bits == 0)
     }
     if not fits:
         raise CTPError(
             f"its weight_packed {tuple(packed.shape)} holds no codes of 2, 3, 4 or 8 bits for a layer {shape}"
         )
+    if len(fits) > 1 and len({bits for bits, _ in fits}) == 1:  # a few sizes fill as many words either way
+        fits = {(bits, padded) for bits, padded in fits if padded == _pads(config)}
     if len(fits) > 1:
-        raise CTPError(f"its weight_packed {tuple(packed.shape)} may hold codes of {sorted(fits)} bits")
-    bits, padded = next(iter(fits.items()))
+        raise CTPError(f"its weight_packed {tuple(packed.shape)} may hold codes of {sorted(b for b, _ in fits)} bits")
+    bits, padded = next(iter(fits))
     unpack = padded_to_codes if padded else words_to_codes
     if scales.numel() == 1:
         scales = scales.reshape(1, 1).expand(n, 1)
     groups = scales.shape[1] if scales.ndim == 2 else 0
     if tuple(scales.shape) != (n, groups) or not groups:
         raise CTPError(f"its weight_scale {tuple(scales.shape)} does not fit the layer {shape}")
-    size, order = group_order(_index(parts), k, groups, widths[bits].get("group_size"))
+    schemes = [scheme for scheme in schemes if scheme.get("num_bits") == bits]
+    sizes = {size for scheme in schemes if (size := scheme.get("group_size") or 0) > 0 and -(-k // size) == groups}
+    if len(sizes) > 1 and groups > 1:
+        raise CTPError(f"its {groups} groups may hold {' or '.join(map(str, sorted(sizes)))} inputs")
+    size, order = group_order(_index(parts), k, groups, min(sizes, default=None))
     codes = unpack(packed, bits, k)
     zeros = parts.get("weight_zero_point")
     if zeros is not None and zeros.dtype == torch.int32:
@@ -154,15 +163,31 @@ def _read_codes(parts: Parts, shape: tuple[int, int], config: Mapping[str, Any],
             raise CTPError(f"its weight_zero_point {tuple(zeros.shape)} does not fit {n} outputs in {groups} groups")
         zeros = unpack(zeros.T.contiguous(), bits, n).T
     elif zeros is not None:
-        if zeros.is_floating_point() or zeros.numel() not in (1, n * groups):
-            raise CTPError(f"its weight_zero_point {tuple(zeros.shape)} does not fit {n} outputs in {groups} groups")
-        zeros = zeros.to(torch.int32).expand(n, groups) + 2 ** (bits - 1)
+        if zeros.dtype != torch.int8 or (zeros.numel() != 1 and tuple(zeros.shape) != (n, groups)):
+            raise CTPError(f"its weight_zero_point, {zeros.dtype} {tuple(zeros.shape)}, does not fit the layer {shape}")
+        zeros = zeros.reshape(-1, groups if zeros.numel() > 1 else 1).to(torch.int32).expand(n, groups) + 2 ** (
+            bits - 1
+        )
+    elif not any(scheme.get("symmetric", True) for scheme in schemes):
+        raise CTPError("lacks weight_zero_point, and its weights are not symmetric")
     if zeros is not None and bool((zeros == 2 ** (bits - 1)).all()):
         zeros = None
     if order is not None:
         codes = codes[:, order.long()]
     format = Format("dense", f"int{bits}", size, zeros is None)
     return Layer(pack_codes(codes, stored_scales(scales), zeros, format, dtype=dtype), order)
+
+
+def _pads(config: Mapping[str, Any]) -> bool:
+    """Whether the version that wrote a checkpoint padded codes of three bits. Raises CTPError where that is not known:
+    0.11 did, 0.20 does not."""
+    named = re.match(r"(\d+)\.(\d+)", str(config.get("version")))
+    version = int(named[1]) * 1000 + int(named[2]) if named else 15
+    if 11 < version < 20:
+        raise CTPError(
+            f"its codes may be padded or not: version {config.get('version')} of compressed-tensors wrote it"
+        )
+    return version <= 11
 
 
 def _index(parts: Parts) -> torch.Tensor | None:

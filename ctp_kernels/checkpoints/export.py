@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import CTPError
-from ..files import staged_folder, write_json
+from ..files import check_output, staged_folder, write_json
 from ..format import Format
 from ..linear import PackedLinear
 from ..patch import unpatch_model
@@ -39,8 +39,10 @@ def export_model(
     if to not in LAYOUTS:
         raise CTPError(f"no layout is called {to!r}: choose {', '.join(LAYOUTS)}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    if not layers:
-        raise CTPError(f"{type(model).__name__} holds no packed layer to export")
+    if not layers or not hasattr(model, "config"):
+        raise CTPError(f"{type(model).__name__} is no transformers model, or holds no packed layer, to export")
+    check_output(folder, RECORD)
+    untied = _packs_head(model)
     if to == "dense":
         unpatch_model(model)
         parts, packing = {}, None
@@ -50,7 +52,8 @@ def export_model(
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     if packing:
         config["quantization_config"] = packing
-        config["tie_word_embeddings"] = config.get("tie_word_embeddings", False) and not _packs_head(model)
+    if untied:
+        config["tie_word_embeddings"] = False
     result = {
         **(record or {}),
         "layout": packing.get("checkpoint_format", to) if packing else to,
@@ -86,19 +89,27 @@ def _pack(model: nn.Module, layers: dict[str, PackedLinear], to: str) -> tuple[d
     if len(formats) > 1:
         found = ", ".join(sorted({m.format.name for m in layers.values()}))
         raise CTPError(f"the layers differ in format ({found}), and {to} is written for models of one")
-    packed = {name: Layer(m.packed, m.input_order) for name, m in layers.items()}
+    packed = {
+        name: Layer(m.packed.to("cpu"), None if m.input_order is None else m.input_order.cpu())
+        for name, m in layers.items()
+    }
     symmetric = all(m.format.symmetric for m in layers.values())
     format = Format("dense", *next(iter(formats)), symmetric)
     dense = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if to == "gptq":
         layout = gptq.layout_for(packed.values())
-        written = {name: gptq.write_layer(layer, layout) for name, layer in packed.items()}
+        written = {}
+        for name, layer in packed.items():
+            try:
+                written[name] = gptq.write_layer(layer, layout)
+            except CTPError as error:
+                raise CTPError(f"layer {name!r} {error}") from error
         ordered = any(layer.order is not None for layer in packed.values())
         packing = gptq.quantization_config(format, layout, ordered, dense, _packs_head(model))
     else:
         written = {name: compressed_tensors.write_layer(layer, symmetric) for name, layer in packed.items()}
         packing = compressed_tensors.quantization_config(format, dense)
-    parts = {f"{name}.{part}": tensor.cpu() for name, parts in written.items() for part, tensor in parts.items()}
+    parts = {f"{name}.{part}": tensor for name, parts in written.items() for part, tensor in parts.items()}
     return parts, packing
 
 

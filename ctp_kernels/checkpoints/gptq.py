@@ -36,12 +36,7 @@ _BITS = (2, 3, 4, 8)
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raise CTPError for a `quantization_config` of a layout that is not read here."""
-    layout_of(config)
-
-
-def layout_of(config: Mapping[str, Any]) -> str:
+def check(config: Mapping[str, Any]) -> str:
     """The layout that a `quantization_config` names. Raises CTPError for one that is not read here."""
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
     if config.get("is_marlin_format"):
@@ -54,25 +49,30 @@ def layout_of(config: Mapping[str, Any]) -> str:
 def read_layer(parts: Parts, shape: tuple[int, int], config: Mapping[str, Any], dtype: torch.dtype) -> Layer:
     """The packed layer of shape (N, K) that the tensors `parts` hold, each code as it is; `dtype`: of unpacked weights.
 
-    Bits and groups are read off the tensors, for a checkpoint may give them layer by layer. Raises CTPError where the
-    tensors do not fit the shape or each other.
+    Bits and groups are read off the tensors where they can be, for a checkpoint may give them layer by layer. Raises
+    CTPError where the tensors do not fit the shape or each other, or leave open what they hold.
     """
     n, k = shape
-    layout = layout_of(config)
+    layout = check(config)
     missing = [name for name in PARTS[:3] if name not in parts]
     if missing:
         raise CTPError(f"lacks the tensors {missing}")
     qweight, qzeros, scales = (parts[name] for name in PARTS[:3])
     if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32 or qweight.ndim != 2 or qzeros.ndim != 2:
         raise CTPError("its qweight and qzeros must be int32 matrices")
-    bits = next((b for b in _BITS if qweight.shape == (words_of(k, b), n)), None)
-    if bits is None:
+    fits = [b for b in _BITS if qweight.shape == (words_of(k, b), n)]
+    if not fits:
         raise CTPError(f"its qweight {tuple(qweight.shape)} holds no codes of 2, 3, 4 or 8 bits for a layer {shape}")
+    if len(fits) > 1 and config.get("bits") not in fits:
+        raise CTPError(f"its qweight {tuple(qweight.shape)} may hold codes of {fits} bits")
+    bits: int = config["bits"] if len(fits) > 1 else fits[0]
     groups = qzeros.shape[0]
     if tuple(qzeros.shape) != (groups, words_of(n, bits)) or tuple(scales.shape) != (groups, n):
         raise CTPError(
             f"its qzeros {tuple(qzeros.shape)} and scales {tuple(scales.shape)} do not fit the layer {shape}"
         )
+    if "g_idx" not in parts and (config.get("desc_act") or config.get("dynamic")):
+        raise CTPError("lacks g_idx, without which its groups are not known (desc_act, or dynamic)")
     size, order = group_order(parts.get("g_idx"), k, groups, config.get("group_size"))
     if layout == "gptq_p" and bits == 3:  # of the other widths it is the plain string
         if k % 32 or n % 32:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ..errors import CTPError
 from ..packed import PackedWeight
-from ..values import scale_dtype, spread
+from ..values import spread
 
 #: A layer's tensors by the names that a layout gives them.
 Parts = Mapping[str, torch.Tensor]
@@ -45,7 +45,7 @@ def group_order(
     """
     named = named if isinstance(named, int) and named > 0 else None
     if groups == 1:  # named or not, whatever its index says
-        return (named if named is not None and named >= k else None), None
+        return (named if named is not None and named >= k and named % 8 == 0 else None), None
     if g_idx is None:
         if named is not None and -(-k // named) == groups:
             return named, None
@@ -97,8 +97,7 @@ def stored_scales(scales: torch.Tensor) -> torch.Tensor:
     """
     if not scales.is_floating_point() or not torch.isfinite(scales).all():
         raise CTPError("its scales are not finite floating numbers")
-    wide = scales.float()
-    narrow = wide.to(scale_dtype(wide))
+    wide, narrow = scales.float(), scales.half()
     return narrow if torch.equal(narrow.float(), wide) else wide
 
 

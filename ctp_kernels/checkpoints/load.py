@@ -5,22 +5,25 @@ The layers of the other two are repacked code by code: nothing is rounded, and n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from ..errors import CTPError, first_line
+from ..format import FLOAT_DTYPES
 from ..linear import PackedLinear
 from ..memory import in_huge_pages
 from . import compressed_tensors, gptq
 from .layer import Contents, Layer, read_tensors
-from .manifest import MANIFEST, read_own
+from .manifest import MANIFEST, WEIGHTS, read_own
 
 _LAYOUTS: dict[str, Any] = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 INDEX = "model.safetensors.index.json"
@@ -32,7 +35,7 @@ def is_packed(config: Any) -> bool:
     """Whether the `quantization_config` of a transformers config is of a layout that `load_packed` reads."""
     packing = getattr(config, "quantization_config", None) or {}
     method = packing.get("quant_method") if isinstance(packing, dict) else getattr(packing, "quant_method", None)
-    return method in _LAYOUTS
+    return isinstance(method, str) and str(getattr(method, "value", method)) in _LAYOUTS
 
 
 def find_folder(name: str) -> Path:
@@ -56,16 +59,25 @@ def repack(model: nn.Module) -> dict[str, PackedLinear]:
     """
     if not is_packed(getattr(model, "config", None)):
         return {}
-    folder = find_folder(str(model.config._name_or_path))  # type: ignore[union-attr]
+    name = str(model.config._name_or_path)  # type: ignore[union-attr]
+    if not name:
+        raise CTPError(f"{type(model).__name__} does not say which folder it was loaded from: use load_packed(folder)")
+    folder = find_folder(name)
     packing = _written_packing(folder)
+    loaded: Any = model.config.quantization_config  # type: ignore[union-attr]
     if packing is None:
         raise CTPError(f"{folder}, where the model was loaded from, holds no GPTQ or compressed-tensors checkpoint now")
+    for key in ("bits", "group_size", "desc_act"):  # of another revision, maybe
+        if isinstance(loaded, dict) and loaded.get(key) != packing.get(key):
+            raise CTPError(f"{folder} holds another checkpoint than the model's ({key}): use load_packed(folder)")
     packed = {}
     for name, layer in _read_foreign(folder, packing, model).layers.items():
         module = model.get_submodule(name)
-        tensors = [*module.parameters(), *module.buffers()]
+        if any(True for _ in module.children()):
+            raise CTPError(f"{name} holds other layers (adapters?), which would be lost: take them out first")
         bias: Any = getattr(module, "bias", None)
-        packed[name] = PackedLinear(layer.weight, bias, order=layer.order).to(tensors[0].device)
+        device = next(iter([*module.parameters(), *module.buffers(), *model.parameters()])).device
+        packed[name] = PackedLinear(layer.weight, bias, order=layer.order).to(device)
     return packed
 
 
@@ -90,34 +102,33 @@ def load_packed(folder: str | Path) -> nn.Module:
 
     folder = Path(folder)
     own = read_own(folder) if (folder / MANIFEST).is_file() or not folder.is_dir() else None
-    try:
+    with _named(f"{folder / 'config.json'} cannot be used"):
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CTPError(f"{folder / 'config.json'} cannot be read ({error})") from error
     packing = _written_packing(folder)
     if own is None and packing is None:
         raise CTPError(f"{folder} is not a packed checkpoint (no {MANIFEST}): make one with ctp compress")
     if packing is not None:
         delattr(config, "quantization_config")  # of what the model will be no more
-    with init_empty_weights(include_buffers=False):
+    with _named(f"{folder / 'config.json'} describes no language model"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     contents = own or _read_foreign(folder, packing or {}, model)
     for name, layer in contents.layers.items():
         _install(model, name, layer, contents.tensors)
     _fill(model, contents, folder)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with _named(f"{folder / 'generation_config.json'} cannot be used"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
 def _fill(model: nn.Module, contents: Contents, folder: Path) -> None:
     """Load the other tensors into the model that holds the packed layers."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    try:
+    with _named(f"the files of {folder} do not hold this model"):
         result = model.load_state_dict(contents.tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CTPError(f"the files of {folder} do not hold this model: {error}") from error
-    if contents.tied:  # a packed lm_head is tied no more, and tying would give it a dense weight again
+    if isinstance(model.get_output_embeddings(), PackedLinear):  # type: ignore[operator]
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    elif contents.tied:
         model.tie_weights()  # type: ignore[operator]
     state = model.state_dict()
     missing = [name for name in result.missing_keys if state[name].is_meta]  # not what a packed layer brought
@@ -141,6 +152,8 @@ def _install(model: nn.Module, name: str, layer: Layer, tensors: dict[str, torch
     bias: Any = model.get_submodule(name).bias
     given = tensors.get(f"{name}.bias")
     if bias is None and given is not None:  # AutoGPTQ gives every layer one, of zeros where the model has none
+        if given.shape != (n,):
+            raise CTPError(f"tensor '{name}.bias' has shape {tuple(given.shape)}, and the layer {n} outputs")
         if not given.any():
             del tensors[f"{name}.bias"]
         else:
@@ -158,19 +171,24 @@ def _written_packing(folder: Path) -> dict[str, Any] | None:
     try:
         packing = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         return packing if packing["quant_method"] in _LAYOUTS else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _read_foreign(folder: Path, config: dict[str, Any], model: nn.Module) -> Contents:
     """The contents of a GPTQ or compressed-tensors folder; the model tells which shape a layer has."""
     layout = _LAYOUTS[config["quant_method"]]
-    layout.check(config)
+    with _named(f"the quantization_config of {folder} cannot be read"):
+        layout.check(config)
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
-        tensors |= read_tensors(path)
+        held = read_tensors(path)
+        if twice := tensors.keys() & held.keys():
+            raise CTPError(f"{path} holds the tensor {min(twice)!r}, which another file holds, too")
+        tensors |= held
     tensors = {name: tensor for name, tensor in tensors.items() if not _COMPUTED.search(name)}
-    dtype = model.config.dtype or torch.float16  # type: ignore[union-attr]
+    named: Any = model.config.dtype  # type: ignore[union-attr]
+    dtype: torch.dtype = named if named in FLOAT_DTYPES.values() else torch.float16
     layers = {}
     for name in [layout.MARK.sub("", key) for key in tensors if layout.MARK.search(key)]:
         shape = _shape(model, name)
@@ -178,12 +196,12 @@ def _read_foreign(folder: Path, config: dict[str, Any], model: nn.Module) -> Con
             raise CTPError(f"the checkpoint names a packed layer {name!r} that {type(model).__name__} does not have")
         keys = [(part, f"{name}.{prefix}{part}") for part in layout.PARTS for prefix in ("", "weight.")]
         parts = {part: tensors.pop(key) for part, key in keys if key in tensors}
-        try:
+        with _named(f"layer {name!r} of {folder}"):
             layers[name] = layout.read_layer(parts, shape, config, dtype)
-        except CTPError as error:
-            raise CTPError(f"layer {name!r} of {folder}: {error}") from error
     if not layers:
         raise CTPError(f"{folder} says that it is packed ({config['quant_method']}), but holds no packed layer")
+    for name, tensor in tensors.items():  # as transformers does: a norm may be stored wider
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return Contents(layers, tensors, bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
 
 
@@ -197,18 +215,26 @@ def describe_foreign(folder: Path) -> dict[str, Any] | None:
     layers, files = [], {}
     for path in _weight_files(folder):
         files[path.name] = path.stat().st_size
-        try:
-            with safe_open(path, "pt") as file:
-                layers += [layout.MARK.sub("", key) for key in file.keys() if layout.MARK.search(key)]
-        except (SafetensorError, OSError) as error:
-            raise CTPError(f"{path} cannot be read ({error}): the checkpoint is damaged") from error
+        with _named(f"{path} cannot be read"), safe_open(path, "pt") as file:
+            layers += [layout.MARK.sub("", key) for key in file.keys() if layout.MARK.search(key)]
     return {"quantization_config": packing, "layers": layers, "files": files}
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside, with somebody else's files, into one CTPError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise CTPError(f"{what}: {first_line(error)}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of its index, or the only one there is."""
     if not (folder / INDEX).is_file():
         found = sorted(folder.glob("*.safetensors"))
+        if folder / WEIGHTS in found:
+            return [folder / WEIGHTS]
         if len(found) != 1:
             raise CTPError(f"{folder} has {len(found)} safetensors files and no {INDEX}: it is not whole")
         return found
