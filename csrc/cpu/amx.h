@@ -131,7 +131,7 @@ inline bool in_tiles(const Job& job, const Tiling& tiling) {
   const Weight& w = job.weight;
   if (!job.tiles || job.m < (tiling.parts == 1 ? 6 : job.transposed ? 32 : 12)) return false;
   if (tiling.parts > 1 && !job.transposed && share_stored(w) < kFewStored) return false;  // zeros are better skipped
-  if (w.values == CTP_FP32 || (w.values == CTP_FP16 && tiling.parts > 1)) return false;
+  if (tiling.parts > 1 && (w.values == CTP_FP32 || w.values == CTP_FP16)) return false;
   if (job.transposed && tiling.scaled && w.scale_dtype != CTP_FP16) return false;  // dy times an fp16 scale stays tame
   return !tiling.scaled || w.groups == 1 || w.group % kAmxTile == 0;
 }
@@ -207,13 +207,21 @@ void forward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling,
         const int64_t end = least((k / group + 1) * group, r0 + length);
         if (tiling.scaled)
           for (int64_t i = 0; i < height; ++i) scales[i] = scale_of(w, n0 + i, k / group);
-        for (int64_t t = 0; t < m; t += kAmxTile)
+        const int64_t steps = round_up(end - k, kAmxTile);
+        for (int64_t t = 0; t < m; t += kAmxTile) {
+          const float* columns = b + t * tiling.parts * (depth / 2) + k / 2 * kAmxTile;
+          // What follows lies in L3 at best, and loads of tiles do not wait side by side: 512 rows of x take half the
+          // time if it is asked for meanwhile.
+          const float* next = t + kAmxTile < m ? columns + kAmxTile * tiling.parts * (depth / 2)
+                                               : b + end / kAmxTile * kAmxTile / 2 * kAmxTile;
           for (int64_t s = 0; s < strips; s += kAmxTile) {
-            const Operands of = {a + s * kAmxStride + (k - r0), 0,
-                                 b + t * tiling.parts * (depth / 2) + k / 2 * kAmxTile, depth / 2 * kAmxTile};
-            one_tile_block(m - t <= W, of, 1, tiling.parts, round_up(end - k, kAmxTile),
-                           tiling.scaled ? scales + s : nullptr, c + s * kAmxWidth + t, kAmxWidth);
+            for (int64_t i = steps * s / strips; i < steps * (s + kAmxTile) / strips; ++i)
+              for (int q = 0; q < tiling.parts; ++q)
+                __builtin_prefetch(next + q * (depth / 2) * kAmxTile + i * W, 0, 2);
+            one_tile_block(m - t <= W, {a + s * kAmxStride + (k - r0), 0, columns, depth / 2 * kAmxTile}, 1,
+                           tiling.parts, steps, tiling.scaled ? scales + s : nullptr, c + s * kAmxWidth + t, kAmxWidth);
           }
+        }
         k = end;
       }
     }
@@ -252,10 +260,12 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
         for (int64_t i = 0; i < m; ++i)
           split_row(x_at(job, m0 + i, n), job.dtype, length, tiling.scaled ? scales : nullptr, tiling.parts, part,
                     a + i * kAmxStride);
-        for (int64_t t = 0; t < width; t += kAmxTile)
+        for (int64_t r = 0; r < padded; r += kAmxDepth / 2)  // all parts of 32 rows of dy stay in L1
           for (int64_t s = 0; s < strips; s += kAmxTile)
-            one_tile_block(width - t <= W, {a + s * kAmxStride, part, panel + t * (kAmxDepth / 2), 0}, tiling.parts, 1,
-                           padded, nullptr, c + s * kAmxWidth + t, kAmxWidth);
+            for (int64_t t = 0; t < width; t += kAmxTile)
+              one_tile_block(
+                  width - t <= W, {a + s * kAmxStride + r, part, panel + t * (kAmxDepth / 2) + r / 2 * kAmxTile, 0},
+                  tiling.parts, 1, least(padded - r, kAmxDepth / 2), nullptr, c + s * kAmxWidth + t, kAmxWidth);
       }
       for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, k, width, c + i * kAmxWidth);
     }
