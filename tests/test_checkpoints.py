@@ -117,6 +117,10 @@ def test_a_zero_of_0_is_written_as_gptq_v2_and_read_from_both() -> None:
     layer.weight.buffers["zeros"][3, 2] = 0
     with pytest.raises(CTPError, match="gptq_v2"):
         gptq.write_layer(layer, "gptq")
+    wide = a_layer("int4-g32")
+    wide.weight.buffers["scales"] = torch.full((64, 8), 1e-9)
+    with pytest.raises(CTPError, match="fp16 cannot hold"):
+        gptq.write_layer(wide, "gptq")
     parts = gptq.write_layer(layer, "gptq_v2")
     assert same(gptq.read_layer(parts, (64, 256), {"format": "gptq_v2"}, torch.float16), layer)
     borrowed = parts | {"qzeros": parts["qzeros"] - 0x11111111}  # as GPTQModel writes it: of whole words
@@ -138,6 +142,9 @@ def test_planar_gptq() -> None:
         planar = torch.cat([low, high], -1).view(len(codes), -1)
         parts[name] = planar.T if name == "qweight" else planar
     assert same(gptq.read_layer(parts, (64, 256), {"checkpoint_format": "gptq_p"}, torch.float16), layer)
+    odd = gptq.write_layer(a_layer("int3-row", k=172), "gptq_v2")
+    with pytest.raises(CTPError, match="multiples of 32"):
+        gptq.read_layer(odd, (64, 172), {"checkpoint_format": "gptq_p"}, torch.float16)
 
 
 def config_for(name: str) -> dict:
@@ -204,6 +211,8 @@ def test_bitmaps(name: str) -> None:
              "bitmask": packed.buffers["mask"], "shape": torch.tensor([16, 64])}  # fmt: skip
     read = compressed_tensors.read_layer(parts, (16, 64), {}, torch.float16)
     assert same(read, Layer(packed))
+    with pytest.raises(CTPError, match="entries"):
+        compressed_tensors.read_layer(parts | {"compressed": parts["compressed"][:-1]}, (16, 64), {}, torch.float16)
 
 
 def llama() -> torch.nn.Module:
@@ -233,6 +242,7 @@ def a_model(name: str) -> torch.nn.Module:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_model_there_and_back(tmp_path, name: str, format: str, to: str) -> None:
     model = patch_model(a_model(name), format)
+    model.generation_config.max_new_tokens = 7
     expected = model(IDS).logits
     unpacked = {n: m.weight for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     result = export_model(model, tmp_path / "out", to, record={"from": "here"})
@@ -245,7 +255,8 @@ def test_a_model_there_and_back(tmp_path, name: str, format: str, to: str) -> No
         assert all(torch.equal(loaded.get_submodule(n).weight, weight) for n, weight in unpacked.items())
         return
     loaded = load_packed(tmp_path / "out")
-    assert not hasattr(loaded.config, "quantization_config")
+    assert not hasattr(loaded.config, "quantization_config") and loaded.generation_config.max_new_tokens == 7
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"].get("lm_head") is not True
     layers = {n: m for n, m in loaded.named_modules() if isinstance(m, PackedLinear)}
     assert layers.keys() == unpacked.keys()
     assert all(torch.equal(m.weight, unpacked[n]) for n, m in layers.items())
@@ -521,6 +532,8 @@ def test_a_packed_head_is_tied_no_more(tmp_path) -> None:
         export_model(model, tmp_path / to, to)
         loaded = load_packed(tmp_path / to)
         assert isinstance(loaded.lm_head, PackedLinear) and torch.equal(loaded(IDS).logits, expected)
+        packing = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"]
+        assert packing["lm_head"] if to == "gptq" else "lm_head" not in packing["ignore"]
 
 
 class Foreign(torch.nn.Module):
@@ -550,8 +563,11 @@ def test_a_model_that_another_library_loaded_is_repacked_from_its_files(tmp_path
     skip = ("lm_head", "up_proj") if name == "llama" else ("lm_head",)
     expected = patch_model(a_model(name), "int3-g32-asym", skip=skip)
     export_model(expected, tmp_path / "out", to)
-    model = patch_model(loaded_elsewhere(tmp_path / "out"))
-    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    model = loaded_elsewhere(tmp_path / "out").train()
+    model.hf_quantizer, model.is_quantized = object(), True
+    patch_model(model)
+    assert all(m.training for m in model.modules()) and not hasattr(model, "hf_quantizer") and not model.is_quantized
+    assert torch.equal(model.eval()(IDS).logits, expected(IDS).logits)
     assert {layer.note for layer in model.ctp_report.layers} == {"repacked, each code as it was"}
     left = [name for name, why in model.ctp_report.skipped.items() if why == "its checkpoint left it dense"]
     assert len(left) == (2 if name == "llama" else 0)
