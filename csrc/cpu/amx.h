@@ -18,10 +18,10 @@ namespace {
 #define CTP_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
 constexpr int64_t kAmxTile = 32;                      // rows and columns of C at a time, and steps of the sum
-constexpr int64_t kAmxDepth = 256;                    // steps that are decoded at a time
+constexpr int64_t kAmxDepth = 512;                    // steps that are decoded at a time
 constexpr int64_t kAmxStride = kAmxDepth + kAmxTile;  // numbers between rows of A: not a power of two
 constexpr int64_t kAmxWidth = 256;                    // columns of C
-constexpr int64_t kAmxHeight = 512;                   // rows of C
+constexpr int64_t kAmxHeight = 256;                   // rows of C
 
 CTP_AMX void configure_tiles() {
   alignas(64) static constexpr auto config = [] {
@@ -238,15 +238,15 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
   if (tiling.scaled) codes.scales = nullptr;
   const int64_t group = tiling.scaled && w.groups > 1 ? w.group : w.k, part = kAmxWidth * kAmxStride;
   uint16_t *a = (uint16_t*)scratch, *pair = a + 3 * part;
-  float *panel = (float*)(pair + 2 * kAmxStride), *c = panel + kAmxDepth / 2 * kAmxWidth;
+  float *panel = (float*)(pair + 2 * kAmxStride), *c = panel + kBrainDepth / 2 * kAmxWidth;
   float* scales = c + kAmxWidth * kAmxWidth;
   for (int64_t m0 = 0; m0 < job.m; m0 += kAmxWidth)
     for (int64_t k = c0, end; k < c1; k = end) {
       end = least(least(k + kAmxWidth, c1), (k / group + 1) * group);
       const int64_t m = least(job.m - m0, kAmxWidth), width = end - k, strips = round_up(m, kAmxTile);
       memset(c, 0, sizeof(float) * (size_t)(strips * kAmxWidth));
-      for (int64_t n = 0; n < w.n; n += kAmxDepth) {
-        const int64_t length = least(w.n - n, kAmxDepth), padded = round_up(length, kAmxTile);
+      for (int64_t n = 0; n < w.n; n += kBrainDepth) {
+        const int64_t length = least(w.n - n, kBrainDepth), padded = round_up(length, kAmxTile);
         for (int64_t r = 0; r < padded; ++r) {
           uint16_t* row = pair + (r & 1) * kAmxStride;
           if (r < length)
@@ -260,12 +260,12 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
         for (int64_t i = 0; i < m; ++i)
           split_row(x_at(job, m0 + i, n), job.dtype, length, tiling.scaled ? scales : nullptr, tiling.parts, part,
                     a + i * kAmxStride);
-        for (int64_t r = 0; r < padded; r += kAmxDepth / 2)  // all parts of 32 rows of dy stay in L1
+        for (int64_t r = 0; r < padded; r += kBrainDepth / 2)  // all parts of 32 rows of dy stay in L1
           for (int64_t s = 0; s < strips; s += kAmxTile)
             for (int64_t t = 0; t < width; t += kAmxTile)
               one_tile_block(
-                  width - t <= W, {a + s * kAmxStride + r, part, panel + t * (kAmxDepth / 2) + r / 2 * kAmxTile, 0},
-                  tiling.parts, 1, least(padded - r, kAmxDepth / 2), nullptr, c + s * kAmxWidth + t, kAmxWidth);
+                  width - t <= W, {a + s * kAmxStride + r, part, panel + t * (kBrainDepth / 2) + r / 2 * kAmxTile, 0},
+                  tiling.parts, 1, least(padded - r, kBrainDepth / 2), nullptr, c + s * kAmxWidth + t, kAmxWidth);
       }
       for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, k, width, c + i * kAmxWidth);
     }
@@ -274,7 +274,7 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
 // Whether the product was done in tiles.
 template <class Decoder>
 bool run_tiles(const Job& job, const Decoder& decoder, int threads) {
-  static_assert(kTile == kAmxTile && kBrainDepth == kAmxDepth, "brain_pairs() makes the panel of dx");
+  static_assert(kTile == kAmxTile, "brain_pairs() makes the panel of dx");
   const Weight& w = job.weight;
   const Tiling tiling(job);
   if (!in_tiles(job, tiling) || !tame(job, threads)) return false;
