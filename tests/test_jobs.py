@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def test_a_checkpoint_keeps_its_dtype(checkpoint, text, tmp_path, dtype, says, f
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         windows = token_windows(text, tokenizer, 32, split="test", count=4)
         found.append(perplexity(model, windows).perplexity)
-    assert found[0] == found[1], "the weights fit into bf16 and fp16"
+    # The weights fit into bf16 and fp16; sums may run in another order (with AMX, bf16 values take other kernels).
+    assert math.isclose(*found, rel_tol=1e-6)
 
 
 class Killed(BaseException):

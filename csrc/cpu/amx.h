@@ -21,6 +21,7 @@ constexpr int64_t kAmxTile = 32;                      // rows and columns of C a
 constexpr int64_t kAmxDepth = 512;                    // steps that are decoded at a time
 constexpr int64_t kAmxStride = kAmxDepth + kAmxTile;  // numbers between rows of A: not a power of two
 constexpr int64_t kAmxWidth = 256;                    // columns of C
+constexpr int64_t kAmxPartRows = 768;                 // rows of dy that share a panel of W, by the parts of each
 constexpr int64_t kAmxHeight = 256;                   // rows of C
 
 CTP_AMX void configure_tiles() {
@@ -236,14 +237,15 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
   const Weight& w = job.weight;
   Weight codes = w;
   if (tiling.scaled) codes.scales = nullptr;
-  const int64_t group = tiling.scaled && w.groups > 1 ? w.group : w.k, part = kAmxWidth * kAmxStride;
-  uint16_t *a = (uint16_t*)scratch, *pair = a + 3 * part;
+  const int64_t group = tiling.scaled && w.groups > 1 ? w.group : w.k;
+  const int64_t rows = kAmxPartRows / tiling.parts, part = rows * kAmxStride;
+  uint16_t *a = (uint16_t*)scratch, *pair = a + kAmxPartRows * kAmxStride;
   float *panel = (float*)(pair + 2 * kAmxStride), *c = panel + kBrainDepth / 2 * kAmxWidth;
-  float* scales = c + kAmxWidth * kAmxWidth;
-  for (int64_t m0 = 0; m0 < job.m; m0 += kAmxWidth)
+  float* scales = c + kAmxPartRows * kAmxWidth;
+  for (int64_t m0 = 0; m0 < job.m; m0 += rows)
     for (int64_t k = c0, end; k < c1; k = end) {
       end = least(least(k + kAmxWidth, c1), (k / group + 1) * group);
-      const int64_t m = least(job.m - m0, kAmxWidth), width = end - k, strips = round_up(m, kAmxTile);
+      const int64_t m = least(job.m - m0, rows), width = end - k, strips = round_up(m, kAmxTile);
       memset(c, 0, sizeof(float) * (size_t)(strips * kAmxWidth));
       for (int64_t n = 0; n < w.n; n += kBrainDepth) {
         const int64_t length = least(w.n - n, kBrainDepth), padded = round_up(length, kAmxTile);
@@ -256,7 +258,7 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
           if (r & 1) brain_pairs(pair, row, width, panel + r / 2 * kTile);
         }
         if (tiling.scaled)
-          for (int64_t r = 0; r < length; ++r) scales[r] = scale_of(w, n + r, k / group);
+          for (int64_t r = 0; r < padded; ++r) scales[r] = r < length ? scale_of(w, n + r, k / group) : 0.0f;
         for (int64_t i = 0; i < m; ++i)
           split_row(x_at(job, m0 + i, n), job.dtype, length, tiling.scaled ? scales : nullptr, tiling.parts, part,
                     a + i * kAmxStride);
@@ -280,7 +282,8 @@ bool run_tiles(const Job& job, const Decoder& decoder, int threads) {
   if (!in_tiles(job, tiling) || !tame(job, threads)) return false;
   if (job.transposed) {
     const int64_t units = (w.k + kAmxTile - 1) / kAmxTile;
-    const int64_t own = (3 * kAmxWidth + 2) * kAmxStride / 2 + (kAmxDepth / 2 + kAmxWidth) * kAmxWidth + kAmxDepth + W;
+    const int64_t own =
+        (kAmxPartRows + 2) * kAmxStride / 2 + (kBrainDepth / 2 + kAmxPartRows) * kAmxWidth + kBrainDepth;
     float* memory = ctp::scratch((size_t)(threads * own));
     if (!memory) return false;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
