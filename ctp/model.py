@@ -42,10 +42,8 @@ def load_model(
     Raises CTPError for a missing folder or hub model, one of another shape than LLaMA or OPT, damaged files, and values
     that `dtype` cannot hold.
     """
-    source = _source(path)
-    name = str(source) if source.is_dir() else path
+    name, folder = _locate(path)
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
-    folder = _packed_folder(source, name)
     model: Any = load_packed(folder) if folder is not None else _load_dense(name, wanted)
     decoder_blocks(model)
     if hasattr(model.get_input_embeddings(), "embed_scale"):  # Gemma
@@ -63,9 +61,7 @@ def load_model(
 
 def load_stored(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A packed model in the dtypes of its files, and its tokenizer. Raises CTPError for a model that is not packed."""
-    source = _source(path)
-    name = str(source) if source.is_dir() else path
-    folder = _packed_folder(source, name)
+    name, folder = _locate(path)
     if folder is None:
         _load_dense(name, None)  # or says what is wrong with it
         raise CTPError(f"{path} holds no packed layer: pack it with ctp compress")
@@ -74,8 +70,7 @@ def load_stored(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 
 def stored_dtype(path: str) -> torch.dtype:
     """The float dtype of a dense checkpoint: what its config names, else what its weights are stored in."""
-    source = _source(path)
-    name = str(source) if source.is_dir() else path
+    name, _ = _locate(path)
     named: Any = AutoConfig.from_pretrained(name).dtype or _load_dense(name, None).dtype
     return named if named in FLOAT_DTYPES.values() else torch.float32
 
@@ -164,15 +159,17 @@ def _source(path: str) -> Path:
     return source
 
 
-def _packed_folder(source: Path, name: str) -> Path | None:
-    """The folder of a packed checkpoint, fetched from the hub where it lies there; None for what is not packed."""
+def _locate(path: str) -> tuple[str, Path | None]:
+    """What transformers calls a model; and the folder of a packed one, fetched from the hub where it lies there."""
+    source = _source(path)
+    name = str(source) if source.is_dir() else path
     if (source / MANIFEST).is_file():
-        return source
+        return name, source
     try:
         packed = is_packed(AutoConfig.from_pretrained(name))
     except Exception:
-        return None  # loading it as a dense model says what is wrong
-    return find_folder(name) if packed else None
+        packed = False  # loading it as a dense model says what is wrong
+    return name, find_folder(name) if packed else None
 
 
 def _load_dense(path: str, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from ..linear import PackedLinear
 from ..patch import unpatch_model
 from . import compressed_tensors, gptq
 from .layer import Layer
+from .manifest import distinct_tensors
 
 #: Beside an exported model: where it came from; and the sign that this package may replace the folder.
 RECORD = "ctp_export.json"
@@ -48,7 +49,8 @@ def export_model(
         parts, packing = {}, None
     else:
         parts, packing = _pack(model, layers, to)
-    tensors = _dense_tensors(model, layers if packing else {}) | parts
+    replaced = {f"{name}.{buffer}" for name, m in layers.items() for buffer in m._buffers} if packing else set()
+    tensors = {name: tensor for name, tensor in distinct_tensors(model)[0].items() if name not in replaced} | parts
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     if packing:
         config["quantization_config"] = packing
@@ -111,19 +113,6 @@ def _pack(model: nn.Module, layers: dict[str, PackedLinear], to: str) -> tuple[d
         packing = compressed_tensors.quantization_config(format, dense)
     parts = {f"{name}.{part}": tensor for name, parts in written.items() for part, tensor in parts.items()}
     return parts, packing
-
-
-def _dense_tensors(model: nn.Module, packed: dict[str, PackedLinear]) -> dict[str, torch.Tensor]:
-    """Every tensor of the model's state, but the buffers of packed layers and what is tied to another."""
-    buffers = {f"{name}.{buffer}" for name, m in packed.items() for buffer in m._buffers}
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if name not in buffers and not (tensor.numel() and key in seen):
-            seen.add(key)
-            tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
 
 
 def _packs_head(model: nn.Module) -> bool:

@@ -43,16 +43,7 @@ def save_packed(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not layers:
         raise CTPError(f"{type(model).__name__} holds no packed layer: call patch_model before saving")
-    tensors: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in seen:
-            tied[name] = seen[key]
-        else:
-            seen[key] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
+    tensors, tied = distinct_tensors(model)
     with staged_folder(folder, MANIFEST) as staging:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(staging)  # type: ignore[union-attr, operator]
@@ -74,6 +65,21 @@ def save_packed(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, 
             staging / MANIFEST,
             {"version": VERSION, "layers": described, "tied": tied, "files": files, "info": info or {}},
         )
+
+
+def distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a model's state, on the CPU, each under its first name; and that name by every other one."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
 
 
 def read_manifest(folder: str | Path) -> dict:
