@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_kernels.checkpoints import MANIFEST, find_folder, is_packed, load_packed
+from ctp_kernels.checkpoints import MANIFEST, cast_model, find_folder, is_packed, load_packed
 from ctp_kernels.errors import CTPError, first_line
 from ctp_kernels.format import FLOAT_DTYPES
 from ctp_kernels.fuse import fuse
@@ -73,22 +73,6 @@ def stored_dtype(path: str) -> torch.dtype:
     name, _ = _locate(path)
     named: Any = AutoConfig.from_pretrained(name).dtype or _load_dense(name, None).dtype
     return named if named in FLOAT_DTYPES.values() else torch.float32
-
-
-def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters, and what packed layers unpack to, in `dtype`; packed buffers keep the bytes they were stored with.
-
-    Raises CTPError for a value that `dtype` cannot hold.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-            if not torch.isfinite(parameter).all():
-                raise CTPError(f"{name} has values that {dtype} cannot hold: use bfloat16 or float32")
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.dtype = dtype
-    model.config.dtype = dtype  # type: ignore[union-attr]
 
 
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

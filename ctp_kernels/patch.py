@@ -102,7 +102,7 @@ def patch_model(
     if isinstance(model, nn.Linear):
         raise CTPError("the model is one Linear, which cannot be replaced in place: PackedLinear(pack(weight, format))")
     asked = None if format == "auto" else as_format(format)
-    from .checkpoints import forget_packing, repack
+    from .checkpoints import forget_packing, repack, save_as_packed
 
     repacked = repack(model)
     linears, skipped = _select(model, skip, repacked)
@@ -158,6 +158,7 @@ def patch_model(
     report.layers.sort(key=lambda layer: order[layer.name])
     report.fused = fuse_layers(model, lambda layer: layer.packed.tensors[0].is_cuda if fuse is None else fuse)
     model.ctp_report = report  # type: ignore[assignment]
+    save_as_packed(model)
     return model
 
 
@@ -175,8 +176,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         linear.register_parameter("bias", layer.bias)
         linear.train(layer.training)
         _replace(model, layer, linear)
-    if hasattr(model, "ctp_report"):
-        del model.ctp_report
+    from .checkpoints import METHOD, forget_packing
+
+    for name in ("ctp_report", "save_pretrained"):
+        vars(model).pop(name, None)
+    if getattr(model, "quantization_method", None) == METHOD:
+        forget_packing(model)
     return model
 
 

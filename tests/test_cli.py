@@ -280,8 +280,8 @@ def test_a_damaged_packed_folder_is_refused(folders, tmp_path):
 
     shutil.copytree(folders / "packed", tmp_path / "packed")
     manifest = json.loads((tmp_path / "packed" / MANIFEST).read_text())
-    assert "model.safetensors" in manifest["files"]
-    (tmp_path / "packed" / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "ctp_model.safetensors" in manifest["files"]
+    (tmp_path / "packed" / "ctp_model.safetensors").write_bytes(b"\0" * 100)
     assert "truncated or altered" in ctp("evaluate", tmp_path / "packed", code=2)
 
 

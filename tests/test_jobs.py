@@ -61,7 +61,7 @@ def test_a_checkpoint_keeps_its_dtype(checkpoint, text, tmp_path, dtype, says, f
     assert {layer["dtype"] for layer in read_manifest(packed)["layers"].values()} == {name}
     assert json.loads((packed / "config.json").read_text())["dtype"] == name
     for folder, wanted in ((packed, dtype), (wide, torch.float32)):
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "ctp_model.safetensors")
         assert {t.dtype for n, t in tensors.items() if n.endswith(".weight")} == {wanted}
         values = {t.dtype for n, t in tensors.items() if n.endswith(".values")}
         assert values == {"int4-g24": set(), "sparse24-fp32": {torch.float32}}.get(format, {wanted})
@@ -95,7 +95,7 @@ def test_an_interrupted_run_on_a_bf16_checkpoint_gives_the_same_bytes(checkpoint
         compress_to_folder(model, tmp_path / "cut", "sparse24", **options)
     compress_to_folder(model, tmp_path / "cut", "sparse24", **options)
     assert next(calls) == 10, "the first block was to be solved once"
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    files = [(tmp_path / name / "ctp_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
 
 

@@ -176,11 +176,11 @@ def edit_manifest(folder, change):
 
 
 DAMAGE = {
-    "truncated": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]),
-    "flipped": lambda f: (f / "model.safetensors").write_bytes(
-        (f / "model.safetensors").read_bytes()[:-1] + bytes([(f / "model.safetensors").read_bytes()[-1] ^ 1])
+    "truncated": lambda f: (f / "ctp_model.safetensors").write_bytes((f / "ctp_model.safetensors").read_bytes()[:-7]),
+    "flipped": lambda f: (f / "ctp_model.safetensors").write_bytes(
+        (f / "ctp_model.safetensors").read_bytes()[:-1] + bytes([(f / "ctp_model.safetensors").read_bytes()[-1] ^ 1])
     ),
-    "missing": lambda f: (f / "model.safetensors").unlink(),
+    "missing": lambda f: (f / "ctp_model.safetensors").unlink(),
     "not-json": lambda f: (f / MANIFEST).write_text("{"),
     "version": lambda f: edit_manifest(f, lambda m: m.update(version=99)),
     "no-layers": lambda f: edit_manifest(f, lambda m: m.pop("layers")),
@@ -189,7 +189,7 @@ DAMAGE = {
     "wrong-shape": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(shape=[1, 2**40])),
     "no-dtype": lambda f: edit_manifest(f, lambda m: next(iter(m["layers"].values())).update(dtype=[])),
     "ties": lambda f: edit_manifest(f, lambda m: m.update(tied={"x": ["y"]})),
-    "file-entry": lambda f: edit_manifest(f, lambda m: m.update(files={"model.safetensors": 5})),
+    "file-entry": lambda f: edit_manifest(f, lambda m: m.update(files={"ctp_model.safetensors": 5})),
     "path-escape": lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
 }
 

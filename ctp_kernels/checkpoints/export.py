@@ -19,8 +19,8 @@ from ..format import Format
 from ..linear import PackedLinear
 from ..patch import unpatch_model
 from . import compressed_tensors, gptq
-from .layer import Layer
-from .manifest import distinct_tensors
+from .layer import WEIGHTS, Layer
+from .manifest import distinct_tensors, packs_head
 
 #: Beside an exported model: where it came from; and the sign that this package may replace the folder.
 RECORD = "ctp_export.json"
@@ -43,7 +43,7 @@ def export_model(
     if not layers or not hasattr(model, "config"):
         raise CTPError(f"{type(model).__name__} is no transformers model, or holds no packed layer, to export")
     check_output(folder, RECORD)
-    untied = _packs_head(model)
+    untied = packs_head(model)
     if to == "dense":
         unpatch_model(model)
         parts, packing = {}, None
@@ -63,7 +63,7 @@ def export_model(
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
     with staged_folder(folder, RECORD) as staging:
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         write_json(staging / "config.json", config)
         if packing and to == "gptq":
             write_json(staging / "quantize_config.json", packing)  # where older readers look
@@ -107,13 +107,9 @@ def _pack(model: nn.Module, layers: dict[str, PackedLinear], to: str) -> tuple[d
             except CTPError as error:
                 raise CTPError(f"layer {name!r} {error}") from error
         ordered = any(layer.order is not None for layer in packed.values())
-        packing = gptq.quantization_config(format, layout, ordered, dense, _packs_head(model))
+        packing = gptq.quantization_config(format, layout, ordered, dense, packs_head(model))
     else:
         written = {name: compressed_tensors.write_layer(layer, symmetric) for name, layer in packed.items()}
         packing = compressed_tensors.quantization_config(format, dense)
     parts = {f"{name}.{part}": tensor for name, parts in written.items() for part, tensor in parts.items()}
     return parts, packing
-
-
-def _packs_head(model: nn.Module) -> bool:
-    return isinstance(model.get_output_embeddings(), PackedLinear)  # type: ignore[operator]

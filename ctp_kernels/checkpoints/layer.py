@@ -14,6 +14,8 @@ from ..errors import CTPError
 from ..packed import PackedWeight
 from ..values import spread
 
+#: The file in which transformers looks for a model's tensors.
+WEIGHTS = "model.safetensors"
 #: A layer's tensors by the names that a layout gives them.
 Parts = Mapping[str, torch.Tensor]
 

@@ -22,8 +22,8 @@ from ..format import FLOAT_DTYPES
 from ..linear import PackedLinear
 from ..memory import in_huge_pages
 from . import compressed_tensors, gptq
-from .layer import Contents, Layer, read_tensors
-from .manifest import MANIFEST, WEIGHTS, read_own
+from .layer import WEIGHTS, Contents, Layer, read_tensors
+from .manifest import MANIFEST, METHOD, packs_head, read_own, save_as_packed
 
 _LAYOUTS: dict[str, Any] = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 INDEX = "model.safetensors.index.json"
@@ -33,17 +33,24 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
 
 def is_packed(config: Any) -> bool:
     """Whether the `quantization_config` of a transformers config is of a layout that `load_packed` reads."""
+    return _method(config) in (METHOD, *_LAYOUTS)
+
+
+def _method(config: Any) -> str | None:
     packing = getattr(config, "quantization_config", None) or {}
     method = packing.get("quant_method") if isinstance(packing, dict) else getattr(packing, "quant_method", None)
-    return isinstance(method, str) and str(getattr(method, "value", method)) in _LAYOUTS
+    return str(getattr(method, "value", method)) if isinstance(method, str) else None
 
 
-def find_folder(name: str) -> Path:
-    """The folder of a model by its path or hub name, fetched where it is on the hub. Raises CTPError for neither."""
+def find_folder(name: str, **where: Any) -> Path:
+    """The folder of a model by its path or hub name, fetched where it is on the hub. Raises CTPError for neither.
+
+    `where`: the `revision` on the hub and the `cache_dir`, as for `huggingface_hub.snapshot_download`.
+    """
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **where))
     except (OSError, ValueError) as error:
         raise CTPError(
             f"cannot find the files of {name}, neither on disk nor on the hub: {first_line(error)}"
@@ -57,7 +64,7 @@ def repack(model: nn.Module) -> dict[str, PackedLinear]:
     library made of the weights in memory, codes are read from the files that it loaded. {} for any other model.
     Raises CTPError where those are not found, or hold other layers than the model.
     """
-    if not is_packed(getattr(model, "config", None)):
+    if _method(getattr(model, "config", None)) not in _LAYOUTS:
         return {}
     name = str(model.config._name_or_path)  # type: ignore[union-attr]
     if not name:
@@ -107,26 +114,30 @@ def load_packed(folder: str | Path) -> nn.Module:
     packing = _written_packing(folder)
     if own is None and packing is None:
         raise CTPError(f"{folder} is not a packed checkpoint (no {MANIFEST}): make one with ctp compress")
-    if packing is not None:
-        delattr(config, "quantization_config")  # of what the model will be no more
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")  # of the files, not of the model
     with _named(f"{folder / 'config.json'} describes no language model"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     contents = own or _read_foreign(folder, packing or {}, model)
-    for name, layer in contents.layers.items():
-        _install(model, name, layer, contents.tensors)
-    _fill(model, contents, folder)
+    fill(model, contents, folder)
+    in_huge_pages(m._buffers for m in model.modules() if isinstance(m, PackedLinear))  # and not in the file
     if (folder / "generation_config.json").is_file():
         with _named(f"{folder / 'generation_config.json'} cannot be used"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
+    save_as_packed(model)
     return model.eval()
 
 
-def _fill(model: nn.Module, contents: Contents, folder: Path) -> None:
-    """Load the other tensors into the model that holds the packed layers."""
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+def fill(model: nn.Module, contents: Contents, folder: Path) -> None:
+    """Put packed layers, and every other tensor as it is stored, into a model whose parameters are on the meta device.
+
+    Raises CTPError where the contents of `folder` are not all that the model needs, or more, or not finite.
+    """
+    for name, layer in contents.layers.items():
+        _install(model, name, layer, contents.tensors)
     with _named(f"the files of {folder} do not hold this model"):
         result = model.load_state_dict(contents.tensors, strict=False, assign=True)
-    if isinstance(model.get_output_embeddings(), PackedLinear):  # type: ignore[operator]
+    if packs_head(model):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     elif contents.tied:
         model.tie_weights()  # type: ignore[operator]
@@ -141,7 +152,22 @@ def _fill(model: nn.Module, contents: Contents, folder: Path) -> None:
         if not torch.isfinite(parameter).all():
             raise CTPError(f"tensor {name!r} of {folder} holds NaN or infinite values")
         parameter.requires_grad_(False)
-    in_huge_pages(layer._buffers for layer in packed)  # and not in the file
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters, and what packed layers unpack to, in `dtype`; packed buffers keep the bytes they were stored with.
+
+    Raises CTPError for a value that `dtype` cannot hold.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+            if not torch.isfinite(parameter).all():
+                raise CTPError(f"{name} has values that {dtype} cannot hold: use bfloat16 or float32")
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.dtype = dtype
+    model.config.dtype = dtype  # type: ignore[union-attr]
 
 
 def _install(model: nn.Module, name: str, layer: Layer, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,19 +1,25 @@
 """The package's own checkpoint: a Hugging Face folder whose packed layers are described by `ctp_manifest.json`.
 
-    config.json, tokenizer files      as transformers writes them
-    model.safetensors                 dense tensors under their own names, packed ones as <layer>.<buffer>,
+    config.json, tokenizer files      as transformers writes them, with {"quant_method": "ctp_kernels"}
+    ctp_model.safetensors             dense tensors under their own names, packed ones as <layer>.<buffer>,
                                       <layer>.input_order where a layer's inputs were sorted by group
     ctp_manifest.json                 {"version": 1, "layers": {name: {"format", "shape", "dtype"}},
                                        "tied": {name: name}, "files": {file: {"bytes", "sha256"}}, "info": {...}}
 
 Nothing in it is trusted: sizes and hashes are compared before a file is parsed, and every buffer is checked by
 `PackedWeight.validate` before a kernel sees it. `load.py` makes the model.
+
+From a model.safetensors transformers would load what it knows, with random numbers in the packed layers and a warning.
+It does not look for a ctp_model.safetensors, and raises, but through `transformers_plugin.py`. Folders written before,
+with a model.safetensors, are read by `load_packed` alone.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +32,12 @@ from ..files import staged_folder, write_json
 from ..format import FLOAT_DTYPES, parse_format
 from ..linear import PackedLinear
 from ..packed import PackedWeight
-from .layer import Contents, Layer, read_tensors
+from .layer import WEIGHTS, Contents, Layer, read_tensors
 
 MANIFEST = "ctp_manifest.json"
-WEIGHTS = "model.safetensors"
+OWN_WEIGHTS = "ctp_model.safetensors"
+#: The `quant_method` in config.json.
+METHOD = "ctp_kernels"
 VERSION = 1
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOAT_DTYPES.values(), torch.float64)}
@@ -44,9 +52,14 @@ def save_packed(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, 
     if not layers:
         raise CTPError(f"{type(model).__name__} holds no packed layer: call patch_model before saving")
     tensors, tied = distinct_tensors(model)
+    config: Any = copy.deepcopy(model.config)
+    config.quantization_config = {"quant_method": METHOD}
+    config.dtype = model.dtype  # or transformers takes that of the first tensor, which may be scales
+    if packs_head(model):
+        config.tie_word_embeddings = False
     with staged_folder(folder, MANIFEST) as staging:
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-        model.config.save_pretrained(staging)  # type: ignore[union-attr, operator]
+        save_file(tensors, staging / OWN_WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(staging)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(staging)
@@ -65,6 +78,42 @@ def save_packed(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, 
             staging / MANIFEST,
             {"version": VERSION, "layers": described, "tied": tied, "files": files, "info": info or {}},
         )
+
+
+def save_as_packed(model: nn.Module) -> None:
+    """Let the `save_pretrained` of a packed transformers model write what `save_packed` does.
+
+    transformers' own would write a folder whose packed layers it could not read.
+    """
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
+
+
+def _save_pretrained(
+    model: Any, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **options: Any
+) -> None:
+    """`save_packed` into a new or empty folder, by the main process; the weights are one file, whatever the options.
+
+    Raises CTPError for a folder that holds files (transformers would leave those of a tokenizer there, and
+    `save_packed` replaces a folder as a whole), and for `state_dict` and `push_to_hub=True`.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):  # its adapters alone are saved
+        return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **options)
+    if state_dict is not None or options.get("push_to_hub"):
+        raise CTPError("a packed model is saved without state_dict and push_to_hub: its folder can be uploaded then")
+    folder = Path(save_directory)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CTPError(
+            f"{folder} is not empty: choose a new folder, or let "
+            "ctp_kernels.checkpoints.save_packed(model, folder, tokenizer=...) replace a packed one"
+        )
+    if is_main_process:
+        save_packed(model, folder)
+
+
+def packs_head(model: nn.Module) -> bool:
+    """Whether the output layer is packed, and so tied to no embedding."""
+    return isinstance(model.get_output_embeddings(), PackedLinear)  # type: ignore[operator]
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -120,12 +169,13 @@ def read_manifest(folder: str | Path) -> dict:
 def read_own(folder: Path) -> Contents:
     """What a folder with a manifest holds. Raises CTPError, naming the file, where one is missing or altered."""
     manifest = read_manifest(folder)
-    _check_files(folder, manifest["files"])
-    tensors = read_tensors(folder / WEIGHTS)
+    weights = folder / (WEIGHTS if WEIGHTS in manifest["files"] else OWN_WEIGHTS)
+    _check_files(folder, manifest["files"], weights.name)
+    tensors = read_tensors(weights)
     layers = {name: _layer(name, described, tensors) for name, described in manifest["layers"].items()}
     for name, source in manifest["tied"].items():
         if source not in tensors:
-            raise CTPError(f"{folder / WEIGHTS} lacks the tensor {source!r} that {name!r} is tied to")
+            raise CTPError(f"{weights} lacks the tensor {source!r} that {name!r} is tied to")
         tensors[name] = tensors[source]
     return Contents(layers, tensors, bool(manifest["tied"]))
 
@@ -142,9 +192,9 @@ def _layer(name: str, described: dict, tensors: dict[str, torch.Tensor]) -> Laye
     return Layer(weight, tensors.pop(f"{name}.input_order", None))
 
 
-def _check_files(folder: Path, files: dict) -> None:
-    if WEIGHTS not in files:
-        raise CTPError(f"the manifest of {folder} does not list {WEIGHTS}: the checkpoint is damaged")
+def _check_files(folder: Path, files: dict, weights: str) -> None:
+    if weights not in files:
+        raise CTPError(f"the manifest of {folder} does not list {weights}: the checkpoint is damaged")
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
