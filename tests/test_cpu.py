@@ -126,7 +126,7 @@ def test_as_exact_as_dense(name: str, hazard: str) -> None:
     check_both_directions(name, *HAZARDS[hazard], dtypes=DTYPES)
 
 
-@pytest.mark.parametrize("m, shape", [(1, (6, 2500)), (6, (6, 1200)), (20, (270, 300)), (1030, (40, 260))])
+@pytest.mark.parametrize("m, shape", [(1, (6, 2500)), (6, (6, 1200)), (20, (270, 300)), (40, (70, 1160)), (1030, (40, 260))])
 @pytest.mark.parametrize("name", SOME)
 def test_shapes_larger_than_every_block(name: str, m: int, shape: tuple[int, int]) -> None:
     check_both_directions(name, m, shape, dtypes=["fp32", "bf16"])
@@ -228,37 +228,39 @@ def test_one_hot_rows_return_the_decoded_weight(name: str) -> None:
             assert torch.equal(cpu.matmul_t(dy, packed.tensors, packed.format, k), rounded), f"dX {dtype} {isa}"
 
 
-def one_row(kind: str, k: int) -> torch.Tensor:
-    """A row of x that is hard to keep in integers of one scale per 128 inputs."""
-    x = random(1, k, dtype=torch.float32)
+def some_rows(kind: str, m: int, k: int) -> torch.Tensor:
+    """Rows of x that are hard to keep in integers of one scale per 128 inputs."""
+    x = random(m, k, dtype=torch.float32)
     every = torch.arange(k) % 128 == 77
     factors = {"outliers": 1e3, "extreme": 1e6, "alone": 1.0, "denormal": 1e-39, "tiny": 1e-25, "huge": 1e33}
     if kind == "alone":
         return torch.where(every, x, torch.zeros(()))
     if kind == "spread":
-        return x * torch.exp(4 * random(1, k + 1, dtype=torch.float32)[:, :k])
+        return x * torch.exp(4 * random(m, k + 1, dtype=torch.float32)[:, :k])
     return torch.where(every, x * factors[kind], x) if kind in ("outliers", "extreme") else x * factors[kind]
 
 
+@pytest.mark.parametrize("m, dtype", [(1, "fp32"), (6, "fp32"), (6, "bf16")])
 @pytest.mark.parametrize("kind", ["outliers", "extreme", "alone", "spread", "denormal", "tiny", "huge"])
 @pytest.mark.parametrize("name", [name + suffix for name in GROUPED for suffix in ("", "-asym", "-g32")])
-def test_one_row_of_any_range(name: str, kind: str) -> None:
+def test_few_rows_of_any_range(name: str, kind: str, m: int, dtype: str) -> None:
     """Also where the weights of the largest inputs are zero, so that only the small ones count."""
     n, k = 24, 1032
     weight = weight_for(parse_format(name), n, k)
     for empty in (False, True):
         packed = pack(torch.where(torch.arange(k) % 128 == 77, 0, weight) if empty else weight, name)
-        x = one_row(kind, k)
+        x = some_rows(kind, m, k).to(DTYPES[dtype])
         bound = Bound(x, packed.unpack(torch.float32).double().T, None, 2)
         for isa in isas():
             bound.check(cpu.matmul(x, packed.tensors, packed.format, n, None), f"{kind} {empty} {isa}")
 
 
+@pytest.mark.parametrize("m", [1, 6])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_row_that_is_no_number(bad: float) -> None:
+def test_few_rows_that_are_no_numbers(bad: float, m: int) -> None:
     n, k = 24, 1024
     packed, weight = packed_weight("int4", (n, k))
-    x = random(1, k, dtype=torch.float32)
+    x = random(m, k, dtype=torch.float32)
     x[0, 300] = bad
     for isa in isas():
         y = cpu.matmul(x, packed.tensors, packed.format, n, None)
@@ -421,7 +423,7 @@ def int8_matmul(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None
 
 @pytest.mark.parametrize(
     "m, shape",
-    [(1, (5, 100)), (3, (70, 264)), (4, (33, 1028)), (5, (40, 1000)), (33, (67, 520)), (270, (300, 640))],
+    [(1, (5, 100)), (3, (70, 264)), (4, (33, 1028)), (5, (40, 1000)), (33, (67, 520)), (270, (300, 640)), (530, (40, 200))],
 )
 @pytest.mark.parametrize("name", INT8)
 def test_int8_activations(name: str, m: int, shape: tuple[int, int]) -> None:

@@ -42,21 +42,22 @@ inline bool in_digits(const Job& job) {
   return 16 * (w.k - x.units * x.unit) <= w.k && x.segment >= W && x.segment >= 4 * x.fields;
 }
 
-// The integers of a segment, in place, and its scale; false where its inputs had better stay in fp32.
-bool set_integers(float* x, int64_t segment, float* scale) {
+// The integers of a segment, in place, for four digits or two, and the scale of the former; false where its inputs had
+// better stay in fp32: too many of them would lose bits that fp32, or bf16, holds.
+bool set_integers(float* x, int64_t segment, int digits, float* scale) {
   vf top = zero();
   for (int64_t k = 0; k < segment; k += W) top = _mm512_max_ps(_mm512_abs_ps(load(x + k)), top);
-  const float largest = _mm512_reduce_max_ps(top);
+  const float largest = _mm512_reduce_max_ps(top), small = digits == 2 ? 0x1p-6f : 0x1p-10f;
   int other = 0, large = 0;
   for (int64_t k = 0; k < segment; k += W) {
     const vf magnitude = _mm512_abs_ps(load(x + k));
     if (_mm512_cmp_ps_mask(magnitude, set1(0x1p100f), _CMP_NLE_UQ)) return false;  // or not a number
     other += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, zero(), _CMP_NEQ_UQ));
-    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(largest * 0x1p-10f), _CMP_GE_OQ));
+    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(largest * small), _CMP_GE_OQ));
   }
   if (other && (other > 8 * large || largest < 0x1p-80f)) return false;
   const int exponent = other ? (peek<int32_t>(&largest) >> 23) - 126 : 0;  // largest < 2^exponent
-  const int32_t up = (127 + 30 - exponent) << 23, down = (127 - 14 + exponent) << 23;
+  const int32_t up = (127 + 8 * digits - 2 - exponent) << 23, down = (127 - 14 + exponent) << 23;
   *scale = peek<float>(&down);
   for (int64_t k = 0; k < segment; k += W)
     _mm512_storeu_si512(x + k, _mm512_cvtps_epi32(mul(load(x + k), set1(peek<float>(&up)))));
@@ -249,7 +250,7 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
   memcpy(integers, x.x, sizeof(float) * (size_t)whole);
   memset(x.scales, 0, sizeof(float) * (size_t)padded);
   for (int64_t s = 0; s < whole / x.segment; ++s)
-    if (!set_integers((float*)integers + s * x.segment, x.segment, x.scales + s)) return false;
+    if (!set_integers((float*)integers + s * x.segment, x.segment, 4, x.scales + s)) return false;
   set_digits(x, integers, w.symmetric ? 1 << (bits_of(w) - 1) : 1);
   const int64_t units = (w.n + 3) / 4;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)

@@ -24,7 +24,7 @@ thread_local Arena arena;
 bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX-512 BF16
   constexpr long kAskFor = 0x1023, kTileData = 18;                              // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;

@@ -55,7 +55,7 @@ void int8_dot_part(const Job& job, const Quantized& x, const Decoder& decoder, c
     for (int r = 0; r < 4; ++r) {
       ids[r] = least(n + r, w.n - 1);
       slots[r] = decoder.start(w, ids[r], 0);
-      weight_grid(w, x, ids[r], scales + r * x.padded, offsets + r * x.padded);
+      weight_grid(w, x.segment, x.segments, ids[r], scales + r * x.padded, offsets + r * x.padded);
     }
     for (int64_t m = 0; m < job.m; ++m) {
       vf acc[4] = {zero(), zero(), zero(), zero()};

@@ -47,11 +47,11 @@ using Start = int64_t (*)(const Weight&, int64_t row, int64_t k);
 
 template <class Pattern, int kBits>
 int64_t decode_codes(const Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t slot, int64_t ahead, uint8_t* out) {
-  int64_t group = (uint32_t)k0 / (uint32_t)w.group;
   Blocks<Pattern, Coded<kBits>> blocks(w, row, k0, slot, ahead);
-  for (int64_t k = k0; k < k1; ++group) {
-    const int64_t end = least((group + 1) * w.group, k1);
-    const int pruned = w.symmetric ? 1 << (kBits - 1) : w.zeros[row * w.groups + group];
+  const bool one = !Pattern::kSparse || w.symmetric;  // whether what is pruned has the same code everywhere
+  for (int64_t k = k0; k < k1;) {
+    const int64_t group = one ? 0 : (uint32_t)k / (uint32_t)w.group, end = one ? k1 : least((group + 1) * w.group, k1);
+    const int pruned = w.symmetric ? 1 << (kBits - 1) : one ? 0 : w.zeros[row * w.groups + group];
     const auto grid = Coded<kBits>::grid(w, row, group);
     for (; k + 64 <= end; k += 64, out += 64) blocks.codes(w, blocks.template next<false>(w, grid, grid), pruned, out);
     if (k == end) continue;

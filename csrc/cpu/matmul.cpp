@@ -7,6 +7,7 @@
 // depend on the number of threads.
 
 #include "amx.h"
+#include "amx_codes.h"
 #include "brain.h"
 #include "digits.h"
 #include "int8.h"
@@ -40,7 +41,9 @@ struct Decoder {
   Codes codes;
   FieldRows fields;
   PanelCodes panel;
-  // digits.h, where it has its instructions
+  // amx_codes.h, where it has its instructions
+  TileCodes tile_codes;
+  // digits.h, likewise
   DigitDots digits;
 };
 
@@ -59,6 +62,7 @@ struct Composed {
                                        codes_of<Pattern, Values>(),
                                        fields_by<Pattern, Values>(),
                                        panel_by<Pattern, Values>(),
+                                       tile_codes_by<Pattern, Values>(),
                                        digits_by<Pattern, Values>()};
 };
 
@@ -326,8 +330,9 @@ namespace CTP_ISA {
 int run(const Job& job, int threads) {
   const Weight& w = job.weight;
   const Decoder& decoder = decoder_of(w);
-  if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder, threads);
   if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
+  if (run_code_tiles(job, decoder, threads)) return CTP_OK;
+  if (job.compute == CTP_INT8_ACTIVATIONS) return run_int8(job, decoder, threads);
   if (run_digits(job, decoder, threads) || run_tiles(job, decoder, threads)) return CTP_OK;
   const bool pairs = in_brain(job), skip = skips(job, pairs) && all_finite(job, threads);
   const bool dot = !skip && !job.transposed &&

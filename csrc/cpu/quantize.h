@@ -97,20 +97,20 @@ void quantize_piece(const Job& job, const Quantized& x, int64_t row, int64_t k) 
   if (x.fields) place(x.fields_order, rounded, inputs, W, 4, x.fields + row * x.ldq + k);
 }
 
-// scales[s] = sw of a row of W for each segment, and offsets[s] = sw zero if W is not symmetric; then zeros up to a
-// multiple of W
-void weight_grid(const Weight& w, const Quantized& x, int64_t row, float* scales, float* offsets) {
+// scales[s] = sw of a row of W for each of `count` segments, and offsets[s] = sw zero if W is not symmetric; then zeros
+// up to a multiple of W
+void weight_grid(const Weight& w, int64_t segment, int64_t count, int64_t row, float* scales, float* offsets) {
   const int64_t size = w.scale_dtype == CTP_FP16 ? 2 : 4;
-  const int64_t segments = w.groups == 1 ? x.segments : w.group / x.segment;  // a group
+  const int64_t segments = w.groups == 1 ? count : w.group / segment;  // a group
   read_row((const char*)w.scales + row * w.groups * size, w.scale_dtype, w.groups, scales);
   if (!w.symmetric)
     for (int64_t g = 0; g < w.groups; ++g) offsets[g] = scales[g] * (float)w.zeros[row * w.groups + g];
   if (segments > 1)
-    for (int64_t s = x.segments - 1; s >= 0; --s) {
+    for (int64_t s = count - 1; s >= 0; --s) {
       scales[s] = scales[s / segments];
       if (!w.symmetric) offsets[s] = offsets[s / segments];
     }
-  for (int64_t s = x.segments; s < round_up(x.segments, W); ++s) {
+  for (int64_t s = count; s < round_up(count, W); ++s) {
     scales[s] = 0;
     if (!w.symmetric) offsets[s] = 0;
   }
