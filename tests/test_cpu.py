@@ -126,7 +126,9 @@ def test_as_exact_as_dense(name: str, hazard: str) -> None:
     check_both_directions(name, *HAZARDS[hazard], dtypes=DTYPES)
 
 
-@pytest.mark.parametrize("m, shape", [(1, (6, 2500)), (6, (6, 1200)), (20, (270, 300)), (40, (70, 1160)), (1030, (40, 260))])
+@pytest.mark.parametrize(
+    "m, shape", [(1, (6, 2500)), (6, (6, 1200)), (20, (270, 300)), (40, (70, 1160)), (1030, (40, 260))]
+)
 @pytest.mark.parametrize("name", SOME)
 def test_shapes_larger_than_every_block(name: str, m: int, shape: tuple[int, int]) -> None:
     check_both_directions(name, m, shape, dtypes=["fp32", "bf16"])
@@ -423,7 +425,15 @@ def int8_matmul(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None
 
 @pytest.mark.parametrize(
     "m, shape",
-    [(1, (5, 100)), (3, (70, 264)), (4, (33, 1028)), (5, (40, 1000)), (33, (67, 520)), (270, (300, 640)), (530, (40, 200))],
+    [
+        (1, (5, 100)),
+        (3, (70, 264)),
+        (4, (33, 1028)),
+        (5, (40, 1000)),
+        (33, (67, 520)),
+        (270, (300, 640)),
+        (530, (40, 200)),
+    ],
 )
 @pytest.mark.parametrize("name", INT8)
 def test_int8_activations(name: str, m: int, shape: tuple[int, int]) -> None:
