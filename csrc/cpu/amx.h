@@ -262,12 +262,14 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
         for (int64_t i = 0; i < m; ++i)
           split_row(x_at(job, m0 + i, n), job.dtype, length, tiling.scaled ? scales : nullptr, tiling.parts, part,
                     a + i * kAmxStride);
-        for (int64_t r = 0; r < padded; r += kBrainDepth / 2)  // all parts of 32 rows of dy stay in L1
+        const int64_t steps =
+            tiling.parts == 1 ? kBrainDepth : kBrainDepth / 2;  // all parts of 32 rows of dy stay in L1
+        for (int64_t r = 0; r < padded; r += steps)
           for (int64_t s = 0; s < strips; s += kAmxTile)
             for (int64_t t = 0; t < width; t += kAmxTile)
-              one_tile_block(
-                  width - t <= W, {a + s * kAmxStride + r, part, panel + t * (kBrainDepth / 2) + r / 2 * kAmxTile, 0},
-                  tiling.parts, 1, least(padded - r, kBrainDepth / 2), nullptr, c + s * kAmxWidth + t, kAmxWidth);
+              one_tile_block(width - t <= W,
+                             {a + s * kAmxStride + r, part, panel + t * (kBrainDepth / 2) + r / 2 * kAmxTile, 0},
+                             tiling.parts, 1, least(padded - r, steps), nullptr, c + s * kAmxWidth + t, kAmxWidth);
       }
       for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, k, width, c + i * kAmxWidth);
     }
