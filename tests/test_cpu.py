@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctp_kernels import FORMATS, CTPError, PackedWeight, pack, parse_format
+from ctp_kernels import FORMATS, CTPError, PackedWeight, pack, pack_codes, parse_format
 from ctp_kernels.backends import c_interface, cpu, reference
 
 from .helpers import weight_for
@@ -93,20 +93,38 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 class Bound:
     """How far from a @ b + bias in fp64 a kernel may be: `limit` times as far as a dense matmul in a's dtype is.
 
-    The floor, for sums that the dense matmul happens to hit: an fp32 rounding of the sum of magnitudes.
+    Beyond that, for sums that the dense matmul happens to hit, `floor` fp32 roundings of the sum of magnitudes.
     """
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, limit: float) -> None:
+    def __init__(
+        self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, limit: float, floor: float = 1
+    ) -> None:
         wide, narrow = (0.0, 0.0) if bias is None else (bias.double(), bias)
         self.exact, self.dtype = a.double() @ b + wide, a.dtype
         dense = a @ b.to(a.dtype) + narrow
-        floor = torch.finfo(torch.float32).eps * (a.double().abs() @ b.abs()).max()
-        self.allowed = limit * (dense.double() - self.exact).abs().max() + floor
+        rounding = torch.finfo(torch.float32).eps * (a.double().abs() @ b.abs()).max()
+        self.allowed = limit * (dense.double() - self.exact).abs().max() + floor * rounding
 
     def check(self, found: torch.Tensor, what: str) -> None:
         assert found.dtype == self.dtype and found.shape == self.exact.shape
         error = (found.double() - self.exact).abs().max()
         assert error <= self.allowed, f"{what}: error {error:.3e}, allowed {self.allowed:.3e}"
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 20, 150])
+@pytest.mark.parametrize("name", ["int4", "int3-row", "sparse24-bf16", "unstructured-bf16", "unstructured-int4-asym"])
+def test_deep_sums(name: str, m: int) -> None:
+    """Thousands of terms, where a sum in one chain would lose more than a dense product does."""
+    for n, k, direction in ((64, 4096, "forward"), (4096, 64, "backward")):
+        packed, weight = packed_weight(name, (n, k))
+        x = random(m, 4096, dtype=torch.float32)
+        forward = direction == "forward"
+        bound = Bound(x, weight.T if forward else weight, None, 2 if forward else 3, floor=0.05)
+        for isa in isas():
+            if forward:
+                bound.check(cpu.matmul(x, packed.tensors, packed.format, n, None), f"{direction} {isa}")
+            else:
+                bound.check(cpu.matmul_t(x, packed.tensors, packed.format, k), f"{direction} {isa}")
 
 
 def check_both_directions(name: str, m: int, shape: tuple[int, int], dtypes: Iterable[str]) -> None:
@@ -230,31 +248,52 @@ def test_one_hot_rows_return_the_decoded_weight(name: str) -> None:
             assert torch.equal(cpu.matmul_t(dy, packed.tensors, packed.format, k), rounded), f"dX {dtype} {isa}"
 
 
-def some_rows(kind: str, m: int, k: int) -> torch.Tensor:
-    """Rows of x that are hard to keep in integers of one scale per 128 inputs."""
+def some_rows(kind: str, m: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of x that are hard to keep in integers of one scale per 128 inputs, and which inputs are the largest."""
     x = random(m, k, dtype=torch.float32)
-    every = torch.arange(k) % 128 == 77
-    factors = {"outliers": 1e3, "extreme": 1e6, "alone": 1.0, "denormal": 1e-39, "tiny": 1e-25, "huge": 1e33}
+    every = torch.arange(k) % (8 if kind.startswith("many") else 128) == 5
+    factors = {"outliers": 1e3, "extreme": 1e6, "many outliers": 1e2, "many extreme": 1e5}
+    sizes = {"denormal": 1e-39, "tiny": 1e-25, "small": 2.0**-38, "large": 2.0**57, "huge": 1e33}
     if kind == "alone":
-        return torch.where(every, x, torch.zeros(()))
-    if kind == "spread":
-        return x * torch.exp(4 * random(m, k + 1, dtype=torch.float32)[:, :k])
-    return torch.where(every, x * factors[kind], x) if kind in ("outliers", "extreme") else x * factors[kind]
+        x = torch.where(every, x, torch.zeros(()))
+    elif kind == "spread":
+        x = x * torch.exp(4 * random(m, k + 1, dtype=torch.float32)[:, :k])
+    elif kind in factors:
+        x = torch.where(every, x.sign() * (1 + x.abs()) * factors[kind], x)
+    return x * sizes.get(kind, 1.0), every
+
+
+KINDS = ["outliers", "extreme", "many outliers", "many extreme", "alone", "spread"]
+KINDS += ["denormal", "tiny", "small", "large", "huge"]
 
 
 @pytest.mark.parametrize("m, dtype", [(1, "fp32"), (6, "fp32"), (6, "bf16")])
-@pytest.mark.parametrize("kind", ["outliers", "extreme", "alone", "spread", "denormal", "tiny", "huge"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name + suffix for name in GROUPED for suffix in ("", "-asym", "-g32")])
 def test_few_rows_of_any_range(name: str, kind: str, m: int, dtype: str) -> None:
     """Also where the weights of the largest inputs are zero, so that only the small ones count."""
     n, k = 24, 1032
     weight = weight_for(parse_format(name), n, k)
+    x, every = some_rows(kind, m, k)
+    x = x.to(DTYPES[dtype])
     for empty in (False, True):
-        packed = pack(torch.where(torch.arange(k) % 128 == 77, 0, weight) if empty else weight, name)
-        x = some_rows(kind, m, k).to(DTYPES[dtype])
+        packed = pack(torch.where(every, 0, weight) if empty else weight, name)
         bound = Bound(x, packed.unpack(torch.float32).double().T, None, 2)
         for isa in isas():
             bound.check(cpu.matmul(x, packed.tensors, packed.format, n, None), f"{kind} {empty} {isa}")
+
+
+@pytest.mark.parametrize("m", [1, 3, 20, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_identity_returns_x(dtype: str, m: int) -> None:
+    """Every output is one input, however small beside its neighbours."""
+    k = 512
+    codes = 8 + torch.eye(k, dtype=torch.int64)
+    packed = pack_codes(codes, torch.ones(k, k // 128), None, "int4")
+    x = random(m, k, dtype=DTYPES[dtype])
+    bound = Bound(x, torch.eye(k, dtype=torch.float64), None, 2)
+    for isa in isas():
+        bound.check(cpu.matmul(x, packed.tensors, packed.format, k, None), isa)
 
 
 @pytest.mark.parametrize("m", [1, 6])

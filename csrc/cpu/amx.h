@@ -15,7 +15,7 @@ namespace {
 
 #if defined(__AVX512F__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 
-#define CTP_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
+#define CTP_AMX_BF16 __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
 constexpr int64_t kAmxTile = 32;                      // rows and columns of C at a time, and steps of the sum
 constexpr int64_t kAmxDepth = 512;                    // steps that are decoded at a time
@@ -24,7 +24,7 @@ constexpr int64_t kAmxWidth = 256;                    // columns of C
 constexpr int64_t kAmxPartRows = 768;                 // rows of dy that share a panel of W, by the parts of each
 constexpr int64_t kAmxHeight = 256;                   // rows of C
 
-CTP_AMX void configure_tiles() {
+CTP_AMX_BF16 void configure_tiles() {
   alignas(64) static constexpr auto config = [] {
     struct {
       uint8_t palette, start, reserved[14];
@@ -37,7 +37,7 @@ CTP_AMX void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
-CTP_AMX void release_tiles() { _tile_release(); }
+CTP_AMX_BF16 void release_tiles() { _tile_release(); }
 
 // Rows of A and columns of B, each so many parts of bf16, that add up.
 struct Operands {
@@ -49,7 +49,7 @@ struct Operands {
 
 // The tiles of C += A B over `steps` steps. Both have several parts in no product.
 template <bool kNarrow>
-CTP_AMX inline void tile_steps(const Operands& of, int a_parts, int b_parts, int64_t steps) {
+CTP_AMX_BF16 inline void tile_steps(const Operands& of, int a_parts, int b_parts, int64_t steps) {
   for (int64_t k = 0; k < steps; k += kAmxTile)
     for (int p = 0; p < a_parts; ++p) {
       const uint16_t* a = of.a + p * of.a_part + k;
@@ -69,26 +69,10 @@ CTP_AMX inline void tile_steps(const Operands& of, int a_parts, int b_parts, int
 
 // c (32, 32 or 16), rows ldc apart, += A B; or += A B times the scale of each row.
 template <bool kNarrow>
-CTP_AMX void tile_block(const Operands& of, int a_parts, int b_parts, int64_t steps, const float* scales, float* c,
-                        int64_t ldc) {
+CTP_AMX_BF16 void tile_block(const Operands& of, int a_parts, int b_parts, int64_t steps, const float* scales, float* c,
+                             int64_t ldc) {
   constexpr int kV = kNarrow ? 1 : 2;
   asm volatile("" ::: "memory");  // what the tiles load has been written
-  if (!scales) {
-    _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(2, c + 16 * ldc, ldc * 4);
-    if constexpr (!kNarrow) {
-      _tile_loadd(1, c + 16, ldc * 4);
-      _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-    }
-    tile_steps<kNarrow>(of, a_parts, b_parts, steps);
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(2, c + 16 * ldc, ldc * 4);
-    if constexpr (!kNarrow) {
-      _tile_stored(1, c + 16, ldc * 4);
-      _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
-    }
-    return;
-  }
   alignas(64) float sums[32 * 16 * kV];
   _tile_zero(0);
   _tile_zero(2);
@@ -104,7 +88,7 @@ CTP_AMX void tile_block(const Operands& of, int a_parts, int b_parts, int64_t st
     _tile_stored(3, sums + 256 * kV + 16, 64 * kV);
   }
   for (int64_t i = 0; i < kAmxTile; ++i, c += ldc) {
-    const vf scale = set1(scales[i]);
+    const vf scale = set1(scales ? scales[i] : 1.0f);
 #pragma GCC unroll 2
     for (int v = 0; v < kV; ++v) store(c + v * W, fma(load(sums + (i * kV + v) * W), scale, load(c + v * W)));
   }
@@ -131,7 +115,8 @@ struct Tiling {
 inline bool in_tiles(const Job& job, const Tiling& tiling) {
   const Weight& w = job.weight;
   if (!job.tiles || job.m < (tiling.parts == 1 ? 6 : job.transposed ? 32 : 12)) return false;
-  if (tiling.parts > 1 && !job.transposed && share_stored(w) < kFewStored) return false;  // zeros are better skipped
+  if (tiling.parts > 1 && !job.transposed && share_stored(w) < (w.values < CTP_INT8 ? kFewStored : 0.2))
+    return false;  // zeros are better skipped
   if (tiling.parts > 1 && (w.values == CTP_FP32 || w.values == CTP_FP16)) return false;
   if (job.transposed && tiling.scaled && w.scale_dtype != CTP_FP16) return false;  // dy times an fp16 scale stays tame
   return !tiling.scaled || w.groups == 1 || w.group % kAmxTile == 0;
@@ -139,8 +124,8 @@ inline bool in_tiles(const Job& job, const Tiling& tiling) {
 
 // out[p * stride + i] = part p of x[i], times scales[i] if there are any, i < count, the first part the largest; then
 // zeros up to a multiple of kAmxTile. A bf16 number is itself.
-CTP_AMX void split_row(const void* x, int32_t dtype, int64_t count, const float* scales, int parts, int64_t stride,
-                       uint16_t* out) {
+CTP_AMX_BF16 void split_row(const void* x, int32_t dtype, int64_t count, const float* scales, int parts, int64_t stride,
+                            uint16_t* out) {
   const int64_t padded = round_up(count, kAmxTile);
   for (int p = 0; p < parts; ++p) memset(out + p * stride + count / W * W, 0, 2 * (size_t)(padded - count / W * W));
   if (dtype == CTP_BF16) {

@@ -2,8 +2,8 @@
 //
 // Over a segment of inputs (int8_codes.h) x becomes s times an integer of 31 bits, s a power of two, and that is four
 // signed digits of eight bits. Sums of digits times codes are exact, and take fewer steps than codes turned into fp32.
-// What x loses lies 2^-30 below the largest of its segment: less than a sum in fp32 rounds away, unless nearly all
-// inputs are much smaller than that one. set_integers() then says no.
+// What x loses lies 2^-30 below the largest of its segment: less than a sum in fp32 rounds away, unless many inputs
+// are much smaller than that one. set_integers() then says no.
 #pragma once
 
 #include "int8_fields.h"
@@ -42,23 +42,24 @@ inline bool in_digits(const Job& job) {
   return 16 * (w.k - x.units * x.unit) <= w.k && x.segment >= W && x.segment >= 4 * x.fields;
 }
 
-// The integers of a segment, in place, for four digits or two, and the scale of the former; false where its inputs had
-// better stay in fp32: too many of them would lose bits that fp32, or bf16, holds.
-bool set_integers(float* x, int64_t segment, int digits, float* scale) {
+// The integers of a segment, in place, and what their first digit counts; false where its inputs had better stay in
+// fp32: more than a quarter would lose bits that matter, or they leave too little room for scales.
+template <int kDigits>
+bool set_integers(float* x, int64_t segment, float* first) {
   vf top = zero();
   for (int64_t k = 0; k < segment; k += W) top = _mm512_max_ps(_mm512_abs_ps(load(x + k)), top);
-  const float largest = _mm512_reduce_max_ps(top), small = digits == 2 ? 0x1p-6f : 0x1p-10f;
+  const float largest = _mm512_reduce_max_ps(top), least = largest * (kDigits == 4 ? 0x1p-10f : 0x1p-12f);
   int other = 0, large = 0;
   for (int64_t k = 0; k < segment; k += W) {
     const vf magnitude = _mm512_abs_ps(load(x + k));
-    if (_mm512_cmp_ps_mask(magnitude, set1(0x1p100f), _CMP_NLE_UQ)) return false;  // or not a number
+    if (_mm512_cmp_ps_mask(magnitude, set1(0x1p60f), _CMP_NLE_UQ)) return false;  // or not a number
     other += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, zero(), _CMP_NEQ_UQ));
-    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(largest * small), _CMP_GE_OQ));
+    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(least), _CMP_GE_OQ));
   }
-  if (other && (other > 8 * large || largest < 0x1p-80f)) return false;
+  if (other && (3 * other > 4 * large || largest < 0x1p-40f)) return false;
   const int exponent = other ? (peek<int32_t>(&largest) >> 23) - 126 : 0;  // largest < 2^exponent
-  const int32_t up = (127 + 8 * digits - 2 - exponent) << 23, down = (127 - 14 + exponent) << 23;
-  *scale = peek<float>(&down);
+  const int32_t up = (127 + 8 * kDigits - 2 - exponent) << 23, down = (127 - 6 + exponent) << 23;
+  *first = peek<float>(&down);
   for (int64_t k = 0; k < segment; k += W)
     _mm512_storeu_si512(x + k, _mm512_cvtps_epi32(mul(load(x + k), set1(peek<float>(&up)))));
   return true;
@@ -249,8 +250,10 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
   read_row(job.x, job.dtype, w.k, x.x);
   memcpy(integers, x.x, sizeof(float) * (size_t)whole);
   memset(x.scales, 0, sizeof(float) * (size_t)padded);
-  for (int64_t s = 0; s < whole / x.segment; ++s)
-    if (!set_integers((float*)integers + s * x.segment, x.segment, 4, x.scales + s)) return false;
+  for (int64_t s = 0; s < whole / x.segment; ++s) {
+    if (!set_integers<4>((float*)integers + s * x.segment, x.segment, x.scales + s)) return false;
+    x.scales[s] *= 0x1p-8f;
+  }
   set_digits(x, integers, w.symmetric ? 1 << (bits_of(w) - 1) : 1);
   const int64_t units = (w.n + 3) / 4;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)

@@ -20,7 +20,7 @@ struct Arena {
 };
 thread_local Arena arena;
 
-// Whether the processor has AMX for bf16, and the system lets this process use it.
+// Whether the processor has AMX for bf16 and bytes, and the system lets this process use it.
 bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;

@@ -55,7 +55,7 @@ void int8_dot_part(const Job& job, const Quantized& x, const Decoder& decoder, c
     for (int r = 0; r < 4; ++r) {
       ids[r] = least(n + r, w.n - 1);
       slots[r] = decoder.start(w, ids[r], 0);
-      weight_grid(w, x.segment, x.segments, ids[r], scales + r * x.padded, offsets + r * x.padded);
+      weight_grid(w, x, ids[r], scales + r * x.padded, offsets + r * x.padded);
     }
     for (int64_t m = 0; m < job.m; ++m) {
       vf acc[4] = {zero(), zero(), zero(), zero()};
@@ -105,7 +105,6 @@ int run_int8(const Job& job, const Decoder& decoder, int threads) {
   x.order = dot ? 1 : panel_order(w);
   x.fields_order = fields_of(w);
   const int64_t unit = dot ? 4 : kTile, units = (w.n + unit - 1) / unit;
-  if ((double)w.n * (double)w.k * (double)(job.m + 8) < kSmall) threads = 1;
   const int64_t across = least(threads, units);
   const int64_t down = dot ? 1 : least(threads / across, (job.m + 63) / 64);
   // One piece of memory, of the calling thread: rounded rows of x that all read, then every thread's own.

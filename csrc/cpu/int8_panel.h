@@ -154,7 +154,7 @@ void int8_panel_part(const Job& job, const Quantized& x, const Decoder& decoder,
         for (int64_t i = 0; i < W; ++i) {
           const int64_t row = least(c0 + n + i, w.n - 1);
           slots[n + i] = decoder.start(w, row, 0);
-          weight_grid(w, x.segment, x.segments, row, row_scales + i * x.padded, row_offsets + i * x.padded);
+          weight_grid(w, x, row, row_scales + i * x.padded, row_offsets + i * x.padded);
         }
         for (int64_t s = 0; s < x.padded; s += 4) {
           const int64_t at = n / kTile * kTile * x.padded + s * kTile + n % kTile;

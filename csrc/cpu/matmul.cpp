@@ -2,9 +2,9 @@
 //
 // A few rows of x: dot products with rows of W, which are decoded in registers or, four at a time, into L1. Many rows:
 // one register-tiled kernel C += A P, where the panel P, in L2, is of x transposed (forward) or of W (dx). A weight
-// with zeros and rows enough: skip.h. Tiles, where the processor has them: amx.h. bf16 activations without: brain.h.
-// Activations rounded to integers: int8.h. Every sum runs in an order that depends on K (or N) only, so the bits do not
-// depend on the number of threads.
+// with zeros and rows enough: skip.h. Tiles, where the processor has them: amx.h, amx_codes.h. bf16 activations
+// without: brain.h. Activations rounded to integers: int8.h. Every sum runs in an order that depends on K (or N) only,
+// so the bits do not depend on the number of threads.
 
 #include "amx.h"
 #include "amx_codes.h"

@@ -97,23 +97,25 @@ void quantize_piece(const Job& job, const Quantized& x, int64_t row, int64_t k) 
   if (x.fields) place(x.fields_order, rounded, inputs, W, 4, x.fields + row * x.ldq + k);
 }
 
-// scales[s] = sw of a row of W for each of `count` segments, and offsets[s] = sw zero if W is not symmetric; then zeros
-// up to a multiple of W
-void weight_grid(const Weight& w, int64_t segment, int64_t count, int64_t row, float* scales, float* offsets) {
-  const int64_t size = w.scale_dtype == CTP_FP16 ? 2 : 4;
-  const int64_t segments = w.groups == 1 ? count : w.group / segment;  // a group
-  read_row((const char*)w.scales + row * w.groups * size, w.scale_dtype, w.groups, scales);
-  if (!w.symmetric)
-    for (int64_t g = 0; g < w.groups; ++g) offsets[g] = scales[g] * (float)w.zeros[row * w.groups + g];
-  if (segments > 1)
-    for (int64_t s = count - 1; s >= 0; --s) {
-      scales[s] = scales[s / segments];
-      if (!w.symmetric) offsets[s] = offsets[s / segments];
-    }
-  for (int64_t s = count; s < round_up(count, W); ++s) {
-    scales[s] = 0;
-    if (!w.symmetric) offsets[s] = 0;
+// out[s] = of(group) for each segment, of the group that it lies in; then zeros up to a multiple of W
+template <class T, class Of>
+inline void by_segment(const Weight& w, int64_t segment, int64_t segments, T* out, Of of) {
+  const int64_t each = w.groups == 1 ? segments : w.group / segment;
+  int64_t s = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const T value = of(g);
+    for (int64_t end = least(s + each, segments); s < end; ++s) out[s] = value;
   }
+  for (; s < round_up(segments, W); ++s) out[s] = 0;
+}
+
+// scales[s] = sw of a row of W for each segment, and offsets[s] = sw zero if W is not symmetric; then zeros up to a
+// multiple of W
+void weight_grid(const Weight& w, const Quantized& x, int64_t row, float* scales, float* offsets) {
+  by_segment(w, x.segment, x.segments, scales, [&](int64_t g) { return scale_of(w, row, g); });
+  if (!w.symmetric)
+    by_segment(w, x.segment, x.segments, offsets,
+               [&](int64_t g) { return scale_of(w, row, g) * (float)w.zeros[row * w.groups + g]; });
 }
 
 }  // namespace
