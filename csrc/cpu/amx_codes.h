@@ -247,9 +247,9 @@ void code_part(const Job& job, const Decoder& decoder, const Columns& x, const C
         }
         if (j > 0) {
           const int64_t t = (j - 1) / blocks, i = (j - 1) % blocks * kCodeRows, at = (t * x.segments + s0) * W;
-          (w.symmetric ? kAddSums<true> : kAddSums<false>)[count](
-              sums + (j - 1) % 2 * kCodeSums, x.scales + at, x.offsets + at, grid + i* padded + s0,
-              zeros + i* padded + s0, padded, c + i* ldc + t* W, ldc);
+          const auto add = (w.symmetric ? kAddSums<true> : kAddSums<false>)[count];
+          add(sums + (j - 1) % 2 * kCodeSums, x.scales + at, x.offsets + at, grid + i * padded + s0,
+              zeros + i * padded + s0, padded, c + i * ldc + t * W, ldc);
         }
       }
     }
