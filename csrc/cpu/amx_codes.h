@@ -291,7 +291,8 @@ bool run_code_tiles(const Job& job, const Decoder& decoder, int threads) {
   x.offsets = (int32_t*)(memory + bytes / 4);
   x.scales = (float*)(x.offsets + grids);
   float* own = x.scales + grids;
-  memset(x.scales, 0, sizeof(float) * (size_t)grids);  // of columns that are nobody's: denormal numbers would be slow
+  // Of columns that are nobody's: left as they are, they could overflow, or be denormal numbers, which are slow.
+  memset(x.offsets, 0, 2 * sizeof(float) * (size_t)grids);
   const int64_t pieces = (w.k + kPiece - 1) / kPiece, units = (w.n + kCodeRows - 1) / kCodeRows;
   for (int64_t m0 = 0; m0 < job.m; m0 += most) {
     const int64_t m = least(most, job.m - m0);
