@@ -32,7 +32,7 @@ lint: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	CTP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -q tests/test_cpu.py
+	$(BIN)/python -m pytest -q tests/test_cpu.py tests/test_cpu_int8.py
 
 # On a machine with a GPU where Python, torch, triton and pytest are installed already; needs no network. The tests run
 # side by side where pytest-xdist is there, the benchmarks never.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctp_kernels import FORMATS, CTPError, PackedWeight, pack, pack_codes, parse_format
-from ctp_kernels.backends import c_interface, cpu, reference
+from ctp_kernels.backends import c_interface, cpu
 
+from .cpu_kernels import DTYPES, Bound, isas, needs_library, packed_weight, random
+from .cpu_kernels import one_thread as one_thread
 from .helpers import weight_for
 
-pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+pytestmark = needs_library
 
 GROUPED = [name for name, format in FORMATS.items() if format.quantized]
 NAMES = [*FORMATS, *(name + suffix for name in GROUPED for suffix in ("-g64-asym", "-row", "-g72", "-g32", "-g24"))]
@@ -31,7 +32,6 @@ SOME = [
     "unstructured-fp32",
     "unstructured-int3",
 ]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: hazard -> rows of x, (N, K)
 HAZARDS = {
     "m1": (1, (36, 136)),
@@ -54,61 +54,6 @@ HAZARDS = {
     "digits": (1, (7, 1032)),
     "digits_in_chunks": (1, (5, 4360)),
 }
-
-
-def isas() -> Iterator[str]:
-    """Each instruction set of this processor, switched on while the loop is at it."""
-    try:
-        for name in ("amx", "avx512", "avx2", "baseline"):
-            try:
-                cpu.set_isa(name)
-            except CTPError:
-                assert name != "baseline"
-                continue
-            yield name
-    finally:
-        cpu.set_isa("best")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small shapes on one thread, so that waking threads does not dominate; a test of threads sets its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@cache
-def packed_weight(name: str, shape: tuple[int, int]) -> tuple[PackedWeight, torch.Tensor]:
-    """A packed weight, and what it unpacks to in fp64."""
-    packed = pack(weight_for(parse_format(name), *shape), name)
-    return packed, packed.unpack(torch.float32).double()
-
-
-def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-class Bound:
-    """How far from a @ b + bias in fp64 a kernel may be: `limit` times as far as a dense matmul in a's dtype is.
-
-    Beyond that, for sums that the dense matmul happens to hit, `floor` fp32 roundings of the sum of magnitudes.
-    """
-
-    def __init__(
-        self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, limit: float, floor: float = 1
-    ) -> None:
-        wide, narrow = (0.0, 0.0) if bias is None else (bias.double(), bias)
-        self.exact, self.dtype = a.double() @ b + wide, a.dtype
-        dense = a @ b.to(a.dtype) + narrow
-        rounding = torch.finfo(torch.float32).eps * (a.double().abs() @ b.abs()).max()
-        self.allowed = limit * (dense.double() - self.exact).abs().max() + floor * rounding
-
-    def check(self, found: torch.Tensor, what: str) -> None:
-        assert found.dtype == self.dtype and found.shape == self.exact.shape
-        error = (found.double() - self.exact).abs().max()
-        assert error <= self.allowed, f"{what}: error {error:.3e}, allowed {self.allowed:.3e}"
 
 
 @pytest.mark.parametrize("m", [1, 3, 8, 20, 150])
@@ -439,111 +384,3 @@ def test_unsupported_says_why() -> None:
     assert cpu.unsupported(format, shape, torch.float32, device, "forward") is None
     assert "float64" in str(cpu.unsupported(format, shape, torch.float64, device, "forward"))
     assert "cuda" in str(cpu.unsupported(format, shape, torch.float32, torch.device("cuda"), "forward"))
-
-
-INT8 = [
-    *("int4", "int3", "int2", "int8", "int4-asym", "int4-g8", "int3-g64", "int4-g256", "int4-g192-asym", "int2-row"),
-    *("sparse24-int4", "sparse24-int8-row-asym", "unstructured-int3", "unstructured-int4-asym"),
-    *("unstructured-int8-g24-asym", "int3-g24-asym"),
-]
-
-
-def grid_rounding(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
-    """(M, N) fp64: what summing codes and zeros apart in fp32 may cost: they cancel, down to the zero of a pruned row.
-
-    Two roundings of the sum of |x| scale (code + zero), where no code and no zero exceeds 2^bits.
-    """
-    size = packed.format.group_size or packed.shape[1]
-    scales = packed.buffers["scales"].double().abs().repeat_interleave(size, 1)[:, : packed.shape[1]]
-    return 2 * torch.finfo(torch.float32).eps * 2 ** (packed.format.bits + 1) * (x.double().abs() @ scales.T)
-
-
-def int8_matmul(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return cpu.matmul(x, packed.tensors, packed.format, packed.shape[0], bias, "int8")
-
-
-@pytest.mark.parametrize(
-    "m, shape",
-    [
-        (1, (5, 100)),
-        (3, (70, 264)),
-        (4, (33, 1028)),
-        (5, (40, 1000)),
-        (33, (67, 520)),
-        (270, (300, 640)),
-        (530, (40, 200)),
-    ],
-)
-@pytest.mark.parametrize("name", INT8)
-def test_int8_activations(name: str, m: int, shape: tuple[int, int]) -> None:
-    """As near to the product of the rounded activations as fp32 sums allow, no further from the exact one than ctp.h
-    says."""
-    (n, k), (packed, weight) = shape, packed_weight(name, shape)
-    x, bias = random(m, k, dtype=torch.float32), random(n, dtype=torch.float32)
-    x[0, : k // 2] *= 1e3  # a row whose segments differ
-    rounded = reference.round_activations(x, packed.format)
-    product, exact = (a.double() @ weight.T + bias.double() for a in (rounded, x))
-    rounding = grid_rounding(packed, rounded)
-    allowed = (rounded - x).double().abs() @ weight.T.abs() + rounding
-    for isa in isas():
-        y = int8_matmul(packed, x, bias)
-        assert ((y.double() - product).abs() <= rounding).all(), isa
-        assert ((y.double() - exact).abs() <= allowed).all(), isa
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_activations_of_every_dtype_and_stride(dtype: str) -> None:
-    packed, weight = packed_weight("unstructured-int4", (33, 520))
-    for m in (2, 20):
-        x = random(2 * m, 700, dtype=DTYPES[dtype])[::2, 100:620]
-        rounded = reference.round_activations(x.float(), packed.format)
-        product, rounding = rounded.double() @ weight.T, grid_rounding(packed, rounded)
-        for isa in isas():
-            y = int8_matmul(packed, x)
-            assert y.dtype == x.dtype
-            eps = torch.finfo(x.dtype).eps * product.abs()
-            assert ((y.double() - product).abs() <= rounding + eps).all(), isa
-
-
-def test_round_activations_stays_within_half_a_step() -> None:
-    format = parse_format("int4-g64")
-    x = random(7, 200, dtype=torch.float32)
-    x[3, :64], x[4, 64:128] = 0, 1e-40
-    parts = torch.nn.functional.pad(x, (0, 56)).view(7, 4, 64)
-    step = (parts.abs().amax(-1, keepdim=True) / 127).expand_as(parts).reshape(7, 256)[:, :200]
-    rounded = reference.round_activations(x, format)
-    assert ((rounded - x).abs() <= step * 0.5001 + 1e-36).all()
-    assert torch.equal(rounded[3, :64], torch.zeros(64))
-
-
-@pytest.mark.parametrize("m, shape", [(1, (256, 520)), (3, (256, 520)), (17, (96, 520)), (300, (33, 1040))])
-@pytest.mark.parametrize("name", ["int4", "int8-asym", "unstructured-int3"])
-def test_thread_count_does_not_change_the_bits_of_int8(name: str, m: int, shape: tuple[int, int]) -> None:
-    packed, _ = packed_weight(name, shape)
-    x = random(m, shape[1], dtype=torch.float32)
-    for isa in isas():
-        found = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(int8_matmul(packed, x))
-        assert all(torch.equal(y, found[0]) for y in found), isa
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("m", [1, 20])
-def test_int8_makes_the_row_of_a_nan_nan(m: int, bad: float) -> None:
-    packed, _ = packed_weight("sparse24-int4", (33, 172))
-    x = random(m, 172, dtype=torch.float32)
-    x[0, 170] = bad
-    for isa in isas():
-        y = int8_matmul(packed, x)
-        assert y[0].isnan().all() and y[1:].isfinite().all(), isa
-
-
-def test_int8_needs_codes() -> None:
-    packed, _ = packed_weight("unstructured-bf16", (33, 172))
-    x = random(2, 172, dtype=torch.float32)
-    with pytest.raises(CTPError, match='compute="int8" multiplies codes, and unstructured-bf16 stores floating'):
-        torch.ops.ctp.matmul(x, packed.tensors, None, "unstructured-bf16", 33, "auto", "int8")
-    with pytest.raises(CTPError, match="unknown compute 'int7'"):
-        torch.ops.ctp.matmul(x, packed.tensors, None, "unstructured-bf16", 33, "auto", "int7")

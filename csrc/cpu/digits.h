@@ -48,13 +48,13 @@ template <int kDigits>
 bool set_integers(float* x, int64_t segment, float* first) {
   vf top = zero();
   for (int64_t k = 0; k < segment; k += W) top = _mm512_max_ps(_mm512_abs_ps(load(x + k)), top);
-  const float largest = _mm512_reduce_max_ps(top), least = largest * (kDigits == 4 ? 0x1p-10f : 0x1p-12f);
+  const float largest = _mm512_reduce_max_ps(top), small = largest * (kDigits == 4 ? 0x1p-10f : 0x1p-12f);
   int other = 0, large = 0;
   for (int64_t k = 0; k < segment; k += W) {
     const vf magnitude = _mm512_abs_ps(load(x + k));
     if (_mm512_cmp_ps_mask(magnitude, set1(0x1p60f), _CMP_NLE_UQ)) return false;  // or not a number
     other += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, zero(), _CMP_NEQ_UQ));
-    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(least), _CMP_GE_OQ));
+    large += __builtin_popcount(_mm512_cmp_ps_mask(magnitude, set1(small), _CMP_GE_OQ));
   }
   if (other && (3 * other > 4 * large || largest < 0x1p-40f)) return false;
   const int exponent = other ? (peek<int32_t>(&largest) >> 23) - 126 : 0;  // largest < 2^exponent
