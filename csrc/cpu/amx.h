@@ -21,8 +21,10 @@ constexpr int64_t kAmxTile = 32;                      // rows and columns of C a
 constexpr int64_t kAmxDepth = 512;                    // steps that are decoded at a time
 constexpr int64_t kAmxStride = kAmxDepth + kAmxTile;  // numbers between rows of A: not a power of two
 constexpr int64_t kAmxWidth = 256;                    // columns of C
+constexpr int64_t kAmxBackWidth = 512;                // the same for dx, where pieces of a row of W so long come faster
 constexpr int64_t kAmxPartRows = 768;                 // rows of dy that share a panel of W, by the parts of each
 constexpr int64_t kAmxHeight = 256;                   // rows of C
+constexpr int64_t kAmxFew = 64;                       // rows of x, by the parts of each, that stay in L2
 
 CTP_AMX_BF16 void configure_tiles() {
   alignas(64) static constexpr auto config = [] {
@@ -42,29 +44,34 @@ CTP_AMX_BF16 void release_tiles() { _tile_release(); }
 // Rows of A and columns of B, each so many parts of bf16, that add up.
 struct Operands {
   const uint16_t* a;
-  int64_t a_part;  // numbers from one part of A to the next
-  const float* b;  // pairs, in rows of kAmxTile
+  int64_t a_part, lda;  // numbers from one part of A to the next; between its rows
+  const float* b;       // pairs, in rows of kAmxTile
   int64_t b_part;
 };
 
 // The tiles of C += A B over `steps` steps. Both have several parts in no product.
 template <bool kNarrow>
 CTP_AMX_BF16 inline void tile_steps(const Operands& of, int a_parts, int b_parts, int64_t steps) {
-  for (int64_t k = 0; k < steps; k += kAmxTile)
+  for (int64_t k = 0; k < steps; k += kAmxTile) {
+    const auto load_b = [&](int part) CTP_AMX_BF16 {  // past L1, so that A stays there
+      const float* b = of.b + part * of.b_part + k / 2 * kAmxTile;
+      _tile_stream_loadd(6, b, kAmxTile * 4);
+      if constexpr (!kNarrow) _tile_stream_loadd(7, b + 16, kAmxTile * 4);
+    };
+    if (b_parts == 1) load_b(0);
     for (int p = 0; p < a_parts; ++p) {
       const uint16_t* a = of.a + p * of.a_part + k;
-      _tile_loadd(4, a, kAmxStride * 2);
-      _tile_loadd(5, a + 16 * kAmxStride, kAmxStride * 2);
+      _tile_loadd(4, a, of.lda * 2);
+      _tile_loadd(5, a + 16 * of.lda, of.lda * 2);
       for (int q = 0; q < b_parts; ++q) {
-        const float* b = of.b + q * of.b_part + k / 2 * kAmxTile;
-        _tile_loadd(6, b, kAmxTile * 4);
-        if constexpr (!kNarrow) _tile_loadd(7, b + 16, kAmxTile * 4);
+        if (b_parts > 1) load_b(q);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (!kNarrow) _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (!kNarrow) _tile_dpbf16ps(3, 5, 7);
       }
     }
+  }
 }
 
 // c (32, 32 or 16), rows ldc apart, += A B; or += A B times the scale of each row.
@@ -172,25 +179,28 @@ template <class Decoder>
 void forward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling, int64_t m0, int64_t m, const float* b,
                    int64_t depth, int64_t c0, int64_t c1, float* scratch) {
   const Weight& w = job.weight;
+  // A few rows of x stay in L2: then W is decoded along its rows, which memory gives fastest.
+  const bool few = m * tiling.parts <= kAmxFew;
+  const int64_t most = few ? kAmxTile : kAmxHeight, deep = kAmxHeight / most * kAmxDepth, lda = deep + kAmxTile;
   uint16_t* a = (uint16_t*)scratch;
   float *c = scratch + kAmxHeight * kAmxStride / 2, *scales = c + kAmxHeight * kAmxWidth;
   Weight codes = w;
   if (tiling.scaled) codes.scales = nullptr;
   const int64_t group = tiling.scaled && w.groups > 1 ? w.group : w.k;
-  for (int64_t n0 = c0; n0 < c1; n0 += kAmxHeight) {
-    const int64_t height = least(c1 - n0, kAmxHeight), strips = round_up(height, kAmxTile);
+  for (int64_t n0 = c0; n0 < c1; n0 += most) {
+    const int64_t height = least(c1 - n0, most), strips = round_up(height, kAmxTile);
     int64_t slots[kAmxHeight];
     for (int64_t i = 0; i < height; ++i) slots[i] = decoder.start(w, n0 + i, 0);
     memset(c, 0, sizeof(float) * (size_t)(strips * kAmxWidth));
-    for (int64_t r0 = 0; r0 < w.k; r0 += kAmxDepth) {
-      const int64_t length = least(w.k - r0, kAmxDepth), padded = round_up(length, kAmxTile);
+    for (int64_t r0 = 0; r0 < w.k; r0 += deep) {
+      const int64_t length = least(w.k - r0, deep), padded = round_up(length, kAmxTile);
       for (int64_t i = 0; i < height; ++i) {
-        uint16_t* row = a + i * kAmxStride;
-        slots[i] = decoder.brain(codes, n0 + i, r0, r0 + length, slots[i], kAmxDepth, row);
+        uint16_t* row = a + i * lda;
+        slots[i] = decoder.brain(codes, n0 + i, r0, r0 + length, slots[i], few ? w.k : deep, row);
         memset(row + length, 0, 2 * (size_t)(padded - length));
       }
       for (int64_t k = r0; k < r0 + length;) {  // the steps of a group
-        const int64_t end = least((k / group + 1) * group, r0 + length);
+        const int64_t end = least(least((k / group + 1) * group, k + kAmxDepth), r0 + length);
         if (tiling.scaled)
           for (int64_t i = 0; i < height; ++i) scales[i] = scale_of(w, n0 + i, k / group);
         const int64_t steps = round_up(end - k, kAmxTile);
@@ -201,11 +211,11 @@ void forward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling,
           const float* next = t + kAmxTile < m ? columns + kAmxTile * tiling.parts * (depth / 2)
                                                : b + end / kAmxTile * kAmxTile / 2 * kAmxTile;
           for (int64_t s = 0; s < strips; s += kAmxTile) {
-            for (int64_t i = steps * s / strips; i < steps * (s + kAmxTile) / strips; ++i)
+            for (int64_t i = steps * s / strips; !few && i < steps * (s + kAmxTile) / strips; ++i)
               for (int q = 0; q < tiling.parts; ++q)
                 __builtin_prefetch(next + q * (depth / 2) * kAmxTile + i * W, 0, 2);
-            one_tile_block(m - t <= W, {a + s * kAmxStride + (k - r0), 0, columns, depth / 2 * kAmxTile}, 1,
-                           tiling.parts, steps, tiling.scaled ? scales + s : nullptr, c + s * kAmxWidth + t, kAmxWidth);
+            one_tile_block(m - t <= W, {a + s * lda + (k - r0), 0, lda, columns, depth / 2 * kAmxTile}, 1, tiling.parts,
+                           steps, tiling.scaled ? scales + s : nullptr, c + s * kAmxWidth + t, kAmxWidth);
           }
         }
         k = end;
@@ -215,7 +225,7 @@ void forward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling,
   }
 }
 
-// Columns c0 .. c1 - 1 of dx: a panel of W, columns of one group if scales belong to dy, by rows of dy.
+// Columns c0 .. c1 - 1 of dx: a panel of W by rows of dy, to which the scales of a group of columns belong.
 template <class Decoder>
 void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling, int64_t c0, int64_t c1,
                     float* scratch) {
@@ -225,38 +235,37 @@ void backward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling
   const int64_t group = tiling.scaled && w.groups > 1 ? w.group : w.k;
   const int64_t rows = kAmxPartRows / tiling.parts, part = rows * kAmxStride;
   uint16_t *a = (uint16_t*)scratch, *pair = a + kAmxPartRows * kAmxStride;
-  float *panel = (float*)(pair + 2 * kAmxStride), *c = panel + kBrainDepth / 2 * kAmxWidth;
-  float* scales = c + kAmxPartRows * kAmxWidth;
+  float *panel = (float*)(pair + 2 * (kAmxBackWidth + kAmxTile)), *c = panel + kAmxDepth / 2 * kAmxBackWidth;
+  float* scales = c + kAmxPartRows * kAmxBackWidth;
   for (int64_t m0 = 0; m0 < job.m; m0 += rows)
-    for (int64_t k = c0, end; k < c1; k = end) {
-      end = least(least(k + kAmxWidth, c1), (k / group + 1) * group);
-      const int64_t m = least(job.m - m0, rows), width = end - k, strips = round_up(m, kAmxTile);
-      memset(c, 0, sizeof(float) * (size_t)(strips * kAmxWidth));
-      for (int64_t n = 0; n < w.n; n += kBrainDepth) {
-        const int64_t length = least(w.n - n, kBrainDepth), padded = round_up(length, kAmxTile);
+    for (int64_t k0 = c0; k0 < c1; k0 += kAmxBackWidth) {
+      const int64_t k1 = least(k0 + kAmxBackWidth, c1), m = least(job.m - m0, rows), strips = round_up(m, kAmxTile);
+      memset(c, 0, sizeof(float) * (size_t)(strips * kAmxBackWidth));
+      for (int64_t n = 0; n < w.n; n += kAmxDepth) {
+        const int64_t length = least(w.n - n, kAmxDepth), padded = round_up(length, kAmxTile);
         for (int64_t r = 0; r < padded; ++r) {
-          uint16_t* row = pair + (r & 1) * kAmxStride;
+          uint16_t* row = pair + (r & 1) * (kAmxBackWidth + kAmxTile);
           if (r < length)
-            decoder.brain(codes, n + r, k, end, decoder.start(w, n + r, k), kRowsAhead * w.k, row);
+            decoder.brain(codes, n + r, k0, k1, decoder.start(w, n + r, k0), kRowsAhead * w.k, row);
           else
-            memset(row, 0, sizeof(uint16_t) * kAmxStride);
-          if (r & 1) brain_pairs(pair, row, width, panel + r / 2 * kTile);
+            memset(row, 0, sizeof(uint16_t) * (kAmxBackWidth + kAmxTile));
+          if (r & 1) brain_pairs(pair, row, k1 - k0, kAmxDepth / 2, panel + r / 2 * kTile);
         }
-        if (tiling.scaled)
-          for (int64_t r = 0; r < padded; ++r) scales[r] = r < length ? scale_of(w, n + r, k / group) : 0.0f;
-        for (int64_t i = 0; i < m; ++i)
-          split_row(x_at(job, m0 + i, n), job.dtype, length, tiling.scaled ? scales : nullptr, tiling.parts, part,
-                    a + i * kAmxStride);
-        const int64_t steps =
-            tiling.parts == 1 ? kBrainDepth : kBrainDepth / 2;  // all parts of 32 rows of dy stay in L1
-        for (int64_t r = 0; r < padded; r += steps)
+        for (int64_t k = k0, end; k < k1; k = end) {  // the columns of a group
+          end = least((k / group + 1) * group, k1);
+          if (tiling.scaled)
+            for (int64_t r = 0; r < padded; ++r) scales[r] = r < length ? scale_of(w, n + r, k / group) : 0.0f;
+          for (int64_t i = 0; i < m; ++i)
+            split_row(x_at(job, m0 + i, n), job.dtype, length, tiling.scaled ? scales : nullptr, tiling.parts, part,
+                      a + i * kAmxStride);
           for (int64_t s = 0; s < strips; s += kAmxTile)
-            for (int64_t t = 0; t < width; t += kAmxTile)
-              one_tile_block(width - t <= W,
-                             {a + s * kAmxStride + r, part, panel + t * (kBrainDepth / 2) + r / 2 * kAmxTile, 0},
-                             tiling.parts, 1, least(padded - r, steps), nullptr, c + s * kAmxWidth + t, kAmxWidth);
+            for (int64_t t = k; t < end; t += kAmxTile)
+              one_tile_block(end - t <= W,
+                             {a + s * kAmxStride, part, kAmxStride, panel + (t - k0) * (kAmxDepth / 2), 0},
+                             tiling.parts, 1, padded, nullptr, c + s * kAmxBackWidth + t - k0, kAmxBackWidth);
+        }
       }
-      for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, k, width, c + i * kAmxWidth);
+      for (int64_t i = 0; i < m; ++i) write_row(job, m0 + i, k0, k1 - k0, c + i * kAmxBackWidth);
     }
 }
 
@@ -268,16 +277,15 @@ bool run_tiles(const Job& job, const Decoder& decoder, int threads) {
   const Tiling tiling(job);
   if (!in_tiles(job, tiling) || !tame(job, threads)) return false;
   if (job.transposed) {
-    const int64_t units = (w.k + kAmxTile - 1) / kAmxTile;
-    const int64_t own =
-        (kAmxPartRows + 2) * kAmxStride / 2 + (kBrainDepth / 2 + kAmxPartRows) * kAmxWidth + kBrainDepth;
+    const Shares shares(w.k, kAmxTile, kAmxBackWidth, threads);
+    const int64_t own = kAmxPartRows * kAmxStride / 2 + kAmxBackWidth + kAmxTile +
+                        (kAmxDepth / 2 + kAmxPartRows) * kAmxBackWidth + kAmxDepth;
     float* memory = ctp::scratch((size_t)(threads * own));
     if (!memory) return false;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < threads; ++p) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < shares.count; ++p) {
       configure_tiles();
-      backward_tiles(job, decoder, tiling, units * p / threads * kAmxTile,
-                     least(units * (p + 1) / threads * kAmxTile, w.k), memory + p * own);
+      backward_tiles(job, decoder, tiling, shares.begin(p), shares.begin(p + 1), memory + omp_get_thread_num() * own);
       release_tiles();
     }
     return true;
@@ -290,7 +298,8 @@ bool run_tiles(const Job& job, const Decoder& decoder, int threads) {
                           : wide + split;
   float* memory = ctp::scratch((size_t)(shared + threads * own));
   if (!memory) return false;
-  const int64_t pieces = (w.k + kAmxDepth - 1) / kAmxDepth, units = (w.n + kAmxTile - 1) / kAmxTile;
+  const int64_t pieces = (w.k + kAmxDepth - 1) / kAmxDepth;
+  const Shares shares(w.n, kAmxTile, kShare, threads);
   for (int64_t m0 = 0; m0 < job.m; m0 += kAmxWidth) {
     const int64_t m = least(job.m - m0, kAmxWidth), tiles = (m + kAmxTile - 1) / kAmxTile;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
@@ -313,11 +322,11 @@ bool run_tiles(const Job& job, const Decoder& decoder, int threads) {
         }
       }
     }
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < threads; ++p) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < shares.count; ++p) {
       configure_tiles();
-      forward_tiles(job, decoder, tiling, m0, m, memory, depth, units * p / threads * kAmxTile,
-                    least(units * (p + 1) / threads * kAmxTile, w.n), memory + shared + p * own);
+      forward_tiles(job, decoder, tiling, m0, m, memory, depth, shares.begin(p), shares.begin(p + 1),
+                    memory + shared + omp_get_thread_num() * own);
       release_tiles();
     }
   }

@@ -293,7 +293,8 @@ bool run_code_tiles(const Job& job, const Decoder& decoder, int threads) {
   float* own = x.scales + grids;
   // Of columns that are nobody's: left as they are, they could overflow, or be denormal numbers, which are slow.
   memset(x.offsets, 0, 2 * sizeof(float) * (size_t)grids);
-  const int64_t pieces = (w.k + kPiece - 1) / kPiece, units = (w.n + kCodeRows - 1) / kCodeRows;
+  const int64_t pieces = (w.k + kPiece - 1) / kPiece;
+  const Shares shares(w.n, kCodeRows, kShare, threads);
   for (int64_t m0 = 0; m0 < job.m; m0 += most) {
     const int64_t m = least(most, job.m - m0);
     int wild = 0;
@@ -301,11 +302,11 @@ bool run_code_tiles(const Job& job, const Decoder& decoder, int threads) {
     for (int64_t p = 0; p < pieces; ++p)
       for (int64_t i = 0; i < m; ++i) wild |= !set_columns(job, x, m0, i, p * kPiece);
     if (wild) return false;  // as it can be in the first turn only
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < threads; ++p) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < shares.count; ++p) {
       configure_tiles();
-      code_part(job, decoder, x, need, m0, m, units * p / threads * kCodeRows,
-                least(units * (p + 1) / threads * kCodeRows, w.n), own + p * need.floats());
+      code_part(job, decoder, x, need, m0, m, shares.begin(p), shares.begin(p + 1),
+                own + omp_get_thread_num() * need.floats());
       release_tiles();
     }
   }

@@ -184,8 +184,8 @@ void brain_strip(const uint16_t* a, int64_t rows, const float* panel, int64_t pa
     brain_tile_of<kRows>(rows, columns - t <= W)(a, panel + t * kBrainDepth / 2, pairs, c + t);
 }
 
-// panel[t / kTile][.][t % kTile] = the pairs of two rows, `row` of them, for `count` numbers
-void brain_pairs(const uint16_t* first, const uint16_t* second, int64_t count, float* panel) {
+// panel[t / kTile][.][t % kTile] = the pairs of two rows, of `depth` such, for `count` numbers
+void brain_pairs(const uint16_t* first, const uint16_t* second, int64_t count, int64_t depth, float* panel) {
   alignas(64) static constexpr auto table = [] {
     struct {
       uint16_t at[64];
@@ -193,7 +193,7 @@ void brain_pairs(const uint16_t* first, const uint16_t* second, int64_t count, f
     for (int i = 0; i < 64; ++i) t.at[i] = (uint16_t)(i / 2 + i % 2 * 32);
     return t;
   }();
-  for (int64_t t = 0; t < count; t += kTile, panel += kTile * kBrainDepth / 2)
+  for (int64_t t = 0; t < count; t += kTile, panel += kTile * depth)
     for (int i = 0; i < 2; ++i)
       store(panel + i * W,
             as_float(_mm512_permutex2var_epi16(_mm512_loadu_si512(first + t), _mm512_load_si512(table.at + 32 * i),
@@ -229,7 +229,7 @@ void brain_part(const Job& job, const Decoder& decoder, const Part& part, float*
             for (int64_t i = 0; i < 2; ++i)
               decoder.brain(w, r0 + r + i, c0, c0 + width, decoder.start(w, r0 + r + i, c0), kRowsAhead * w.k,
                             i ? second : first);
-            brain_pairs(first, second, width, panel + r / 2 * kTile);
+            brain_pairs(first, second, width, kBrainDepth / 2, panel + r / 2 * kTile);
           }
         } else {
           for (int64_t t = 0; t < m; t += kTile)

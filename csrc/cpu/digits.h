@@ -255,11 +255,11 @@ bool run_digits(const Job& job, const Decoder& decoder, int threads) {
     x.scales[s] *= 0x1p-8f;
   }
   set_digits(x, integers, w.symmetric ? 1 << (bits_of(w) - 1) : 1);
-  const int64_t units = (w.n + 3) / 4;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < threads; ++p) {
-    const Part part = {0, 1, units * p / threads * 4, least(units * (p + 1) / threads * 4, w.n)};
-    digit_part(job, decoder, x, padded, part, rest + p * own);
+  const Shares shares(w.n, 4, kShare, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < shares.count; ++p) {
+    const Part part = {0, 1, shares.begin(p), shares.begin(p + 1)};
+    digit_part(job, decoder, x, padded, part, rest + omp_get_thread_num() * own);
   }
   return true;
 }

@@ -104,13 +104,14 @@ int run_int8(const Job& job, const Decoder& decoder, int threads) {
   x.height = strips ? (job.m + strips - 1) / strips : 1;
   x.order = dot ? 1 : panel_order(w);
   x.fields_order = fields_of(w);
-  const int64_t unit = dot ? 4 : kTile, units = (w.n + unit - 1) / unit;
-  const int64_t across = least(threads, units);
-  const int64_t down = dot ? 1 : least(threads / across, (job.m + 63) / 64);
+  const Shares shares(w.n, dot ? 4 : kTile, kShare, threads);
+  const int64_t across = shares.count, down = dot                ? 1
+                                              : across > threads ? 1
+                                                                 : least(threads / across, (job.m + 63) / 64);
   // One piece of memory, of the calling thread: rounded rows of x that all read, then every thread's own.
   const int64_t shared = round_up(job.m * (2 * x.padded + x.ldq / 2), 16);
   const int64_t own = round_up(dot ? int8_dot_floats(job, x) : int8_panel_floats(job, x), 16);
-  float* memory = ctp::scratch((size_t)(shared + across * down * own));
+  float* memory = ctp::scratch((size_t)(shared + threads * own));
   if (!memory) return CTP_OUT_OF_MEMORY;
   x.scales = memory;
   x.sums = x.scales + job.m * x.padded;
@@ -125,12 +126,12 @@ int run_int8(const Job& job, const Decoder& decoder, int threads) {
   const auto run = !dot                   ? int8_panel_part<Decoder>
                    : w.values == CTP_INT8 ? int8_dot_part<8, Decoder>
                                           : int8_dot_part<4, Decoder>;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t p = 0; p < across * down; ++p) {
     const int64_t i = p / across, j = p % across;
     const Part part = {least(strips * i / down * x.height, job.m), least(strips * (i + 1) / down * x.height, job.m),
-                       units * j / across * unit, least(units * (j + 1) / across * unit, w.n)};
-    run(job, x, decoder, part, memory + shared + p * own);
+                       shares.begin(j), shares.begin(j + 1)};
+    run(job, x, decoder, part, memory + shared + omp_get_thread_num() * own);
   }
   return CTP_OK;
 }

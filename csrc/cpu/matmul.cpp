@@ -345,16 +345,17 @@ int run(const Job& job, int threads) {
                       : dot            ? dot_part
                       : job.transposed ? backward_part
                                        : forward_part;
-  const int64_t unit = dot ? 4 : kTile, units = (job.columns() + unit - 1) / unit;
   // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
-  const int64_t across = least(threads, units);
-  const int64_t down = dot ? 1 : least(threads / across, (job.m + 63) / 64);
+  const int64_t share = !job.transposed ? kShare : job.m <= kFew ? 4 * kShare : 2 * kShare;
+  const Shares shares(job.columns(), dot ? 4 : kTile, share, threads);
+  const int64_t across = shares.count, down = dot                ? 1
+                                              : across > threads ? 1
+                                                                 : least(threads / across, (job.m + 63) / 64);
   int status = CTP_OK;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t p = 0; p < across * down; ++p) {
     const int64_t i = p / across, j = p % across;
-    const Part part = {job.m * i / down, job.m * (i + 1) / down, units * j / across * unit,
-                       least(units * (j + 1) / across * unit, job.columns())};
+    const Part part = {job.m * i / down, job.m * (i + 1) / down, shares.begin(j), shares.begin(j + 1)};
     const int64_t rows = part.row1 - part.row0;
     float* memory = scratch((size_t)(skip             ? skip_floats(rows)
                                      : brain          ? brain_floats()

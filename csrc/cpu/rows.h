@@ -1,6 +1,8 @@
 // Rows of activations in and out, in any of their types.
 #pragma once
 
+#include <omp.h>
+
 #include "patterns.h"
 
 namespace {
@@ -12,6 +14,19 @@ constexpr int64_t kTile = kVectors * W;  // columns of the register tile
 
 struct Part {
   int64_t row0, row1, column0, column1;  // of y
+};
+
+// Columns of y shared out among threads, in whole units and, where they are enough, more parts than threads: whoever is
+// free takes the next, because processors are not equally fast, nor equally left alone. `share`: columns for which it
+// is little work to prepare x.
+constexpr int64_t kShare = 256, kSharesEach = 8;
+struct Shares {
+  int64_t columns, unit, count;
+  Shares(int64_t columns, int64_t unit, int64_t share, int threads) : columns(columns), unit(unit) {
+    const int64_t each = threads == 1 ? 1 : least(columns / share / threads, kSharesEach);
+    count = each > 1 ? threads * each : least(threads, (columns + unit - 1) / unit);
+  }
+  int64_t begin(int64_t part) const { return least((columns + unit - 1) / unit * part / count * unit, columns); }
 };
 
 inline int64_t size_of(int32_t dtype) { return dtype == CTP_FP32 ? 4 : 2; }
