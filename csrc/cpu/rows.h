@@ -16,17 +16,25 @@ struct Part {
   int64_t row0, row1, column0, column1;  // of y
 };
 
-// Columns of y shared out among threads, in whole units and, where they are enough, more parts than threads: whoever is
-// free takes the next, because processors are not equally fast, nor equally left alone. `share`: columns for which it
-// is little work to prepare x.
+// Columns of y shared out among threads, in whole units: half of them in one large part each; then in small parts,
+// which whoever is free takes, because processors are not equally fast, nor equally left alone. `share`: columns of a
+// small part, for which it is little work to prepare x.
 constexpr int64_t kShare = 256, kSharesEach = 8;
 struct Shares {
-  int64_t columns, unit, count;
-  Shares(int64_t columns, int64_t unit, int64_t share, int threads) : columns(columns), unit(unit) {
-    const int64_t each = threads == 1 ? 1 : least(columns / share / threads, kSharesEach);
-    count = each > 1 ? threads * each : least(threads, (columns + unit - 1) / unit);
+  int64_t columns, unit, units, large, threads, count;  // large: units that lie in large parts; count: of parts
+  Shares(int64_t columns, int64_t unit, int64_t share, int all)
+      : columns(columns), unit(unit), units((columns + unit - 1) / unit), large(units), threads(least(all, units)) {
+    const int64_t each = threads == 1 ? 0 : least(columns / 2 / share / threads, kSharesEach);
+    if (each > 0) large = units / 2;
+    count = threads * (1 + each);
   }
-  int64_t begin(int64_t part) const { return least((columns + unit - 1) / unit * part / count * unit, columns); }
+  int64_t begin(int64_t part) const {  // its first column
+    const int64_t small = part - threads;
+    return least(
+        (small < 0 || count == threads ? large * part / threads : large + (units - large) * small / (count - threads)) *
+            unit,
+        columns);
+  }
 };
 
 inline int64_t size_of(int32_t dtype) { return dtype == CTP_FP32 ? 4 : 2; }
