@@ -288,7 +288,9 @@ def test_weight_without_entries() -> None:
     assert torch.equal(cpu.matmul_t(torch.ones(2, 3), packed.tensors, packed.format, 24), torch.zeros(2, 24))
 
 
-@pytest.mark.parametrize("m, shape", [(1, (256, 520)), (6, (256, 520)), (30, (96, 520)), (200, (33, 1040))])
+@pytest.mark.parametrize("m, shape", [
+    (1, (256, 520)), (6, (256, 520)), (30, (96, 520)), (200, (33, 1040)), *((m, (1100, 2112)) for m in (1, 5, 40)),
+])  # fmt: skip  # the last have more parts than threads
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_thread_count_does_not_change_the_bits(dtype: str, name: str, m: int, shape: tuple[int, int]) -> None:
