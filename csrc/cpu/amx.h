@@ -121,7 +121,7 @@ struct Tiling {
 // 4096 (Sapphire Rapids, one core of two threads).
 inline bool in_tiles(const Job& job, const Tiling& tiling) {
   const Weight& w = job.weight;
-  if (!job.tiles || job.m < (tiling.parts == 1 ? 6 : job.transposed ? 32 : 12)) return false;
+  if (!job.tiles || job.m < (tiling.parts == 1 ? 6 : job.transposed ? 16 : 12)) return false;
   if (tiling.parts > 1 && !job.transposed && share_stored(w) < (w.values < CTP_INT8 ? kFewStored : 0.2))
     return false;  // zeros are better skipped
   if (tiling.parts > 1 && (w.values == CTP_FP32 || w.values == CTP_FP16)) return false;

@@ -230,7 +230,7 @@ void code_part(const Job& job, const Decoder& decoder, const Columns& x, const C
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = least(n0 + i, w.n - 1);
       slots[i] = decoder.start(w, row, 0);
-      by_segment(w, x.segment, x.segments, grid + i * padded, [&](int64_t g) { return scale_of(w, row, g); });
+      segment_scales(w, x.segment, x.segments, row, grid + i * padded);
       if (!w.symmetric)
         by_segment(w, x.segment, x.segments, zeros + i * padded,
                    [&](int64_t g) { return (int32_t)w.zeros[row * w.groups + g]; });

@@ -196,15 +196,15 @@ void segment_grids(const Weight& w, const Digits& x, int64_t row, float* out, fl
       if (!w.symmetric)
         store(zeros + s, as_float(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, w.zeros + first + s))));
     }
-  } else {
-    for (int64_t s = 0; s < segments; ++s) {
-      const int64_t i = first + s * x.segment / w.group;
-      out[s] = x.scales[s] *
-               (w.scale_dtype == CTP_FP16 ? half(((const uint16_t*)w.scales)[i]) : ((const float*)w.scales)[i]);
-      const int32_t zero_code = w.symmetric ? 0 : w.zeros[i];
-      memcpy(zeros + s, &zero_code, sizeof zero_code);
-    }
+    return;
   }
+  segment_scales(w, x.segment, segments, row, out);
+  for (int64_t s = 0; s < segments; ++s) out[s] *= x.scales[s];
+  if (!w.symmetric)
+    by_segment(w, x.segment, segments, zeros, [&](int64_t g) {
+      const int32_t zero_code = w.zeros[first + g];
+      return peek<float>(&zero_code);
+    });
 }
 
 template <class Decoder>

@@ -102,20 +102,35 @@ template <class T, class Of>
 inline void by_segment(const Weight& w, int64_t segment, int64_t segments, T* out, Of of) {
   const int64_t each = w.groups == 1 ? segments : w.group / segment;
   int64_t s = 0;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const T value = of(g);
-    for (int64_t end = least(s + each, segments); s < end; ++s) out[s] = value;
+  if (each == 1) {
+    for (; s < segments; ++s) out[s] = of(s);
+  } else {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const T value = of(g);
+      for (int64_t end = least(s + each, segments); s < end; ++s) out[s] = value;
+    }
   }
   for (; s < round_up(segments, W); ++s) out[s] = 0;
+}
+
+// The same of the scales of a row of W.
+void segment_scales(const Weight& w, int64_t segment, int64_t segments, int64_t row, float* out) {
+  if (w.group != segment || w.scale_dtype != CTP_FP16)
+    return by_segment(w, segment, segments, out, [&](int64_t g) { return scale_of(w, row, g); });
+  const uint16_t* scales = (const uint16_t*)w.scales + row * w.groups;
+  int64_t s = 0;
+  for (; s + W <= segments; s += W) store(out + s, from_fp16<W>(scales + s));
+  for (; s < round_up(segments, W); ++s) out[s] = s < segments ? half(scales[s]) : 0;
 }
 
 // scales[s] = sw of a row of W for each segment, and offsets[s] = sw zero if W is not symmetric; then zeros up to a
 // multiple of W
 void weight_grid(const Weight& w, const Quantized& x, int64_t row, float* scales, float* offsets) {
-  by_segment(w, x.segment, x.segments, scales, [&](int64_t g) { return scale_of(w, row, g); });
-  if (!w.symmetric)
-    by_segment(w, x.segment, x.segments, offsets,
-               [&](int64_t g) { return scale_of(w, row, g) * (float)w.zeros[row * w.groups + g]; });
+  segment_scales(w, x.segment, x.segments, row, scales);
+  if (w.symmetric) return;
+  const uint8_t* zeros = w.zeros + row * w.groups;
+  by_segment(w, x.segment, x.segments, offsets, [&](int64_t g) { return (float)zeros[g]; });
+  for (int64_t s = 0; s < x.segments; ++s) offsets[s] *= scales[s];
 }
 
 }  // namespace
