@@ -40,6 +40,7 @@ Length = Annotated[
     int | None, typer.Option(min=2, help="tokens a window (default 2048, or what context and prompt leave)")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="windows at a time")]
+Overwrite = Annotated[bool, typer.Option(help="replace an earlier result at the output")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Dtype = Annotated[
     str | None,
@@ -81,6 +82,7 @@ def compress(
     length: Length = None,
     mse: Annotated[bool, typer.Option(help="search each grid for the least error")] = False,
     csv: Annotated[Path | None, typer.Option(help="write the error of every layer to this file")] = None,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     json_file: Json = None,
     seed: Seed = 0,
@@ -93,7 +95,7 @@ def compress(
 
     result = compress_to_folder(
         model, output, format, method=method, sparsity=sparsity, calibration=calibration, samples=samples,
-        length=length, mse=mse, csv_path=csv, seed=seed, device=device,
+        length=length, mse=mse, csv_path=csv, seed=seed, device=device, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(
         f"{output}: {result['layers']} layers as {result['format']}, {result['bits_per_weight']:.2f} bits a weight, "
@@ -118,6 +120,7 @@ def train(
     lr: Annotated[float, typer.Option(help="peak learning rate, in units of the embedding table's RMS")] = 0.15,
     schedule: Annotated[str, typer.Option(help="cosine or linear")] = "cosine",
     resume: Annotated[bool, typer.Option(help="go on from the last saved state of this output")] = False,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     json_file: Json = None,
@@ -129,7 +132,7 @@ def train(
     result = train_to_folder(
         model, output, data=data, tokens=tokens, loss=loss, teacher=teacher, init=init, steps=steps,
         batch_size=batch_size, accumulation=accumulation, length=length, lr=lr, schedule=schedule, resume=resume,
-        seed=seed, device=device, dtype=dtype,
+        overwrite=overwrite, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     typer.echo(f"{output}: {tokens} tokens, validation perplexity {result['valid_perplexity_start']:.3f} -> "
                f"{result['valid_perplexity']:.3f}, {result['seconds']:.0f} s")  # fmt: skip
@@ -264,13 +267,14 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
     to: Annotated[str, typer.Option(help="gptq, compressed-tensors or dense; with --prompt: peft or tokens")],
     prompt: Annotated[Path | None, typer.Option(help="folder of a trained prompt, to export that")] = None,
+    overwrite: Overwrite = False,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
     """Write a packed model, or a prompt, as other software reads it; no code is rounded."""
     from ctp.export import export_to_folder
 
-    result = export_to_folder(model, output, to, prompt=prompt)
+    result = export_to_folder(model, output, to, prompt=prompt, overwrite=overwrite)
     if "ids" in result:
         told = f"{len(result['ids'])} words, mean cosine to the prompt {result['mean_cosine']:.2f}: {result['text']!r}"
     elif prompt:
@@ -360,7 +364,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        typer.echo("interrupted; give the command again to go on (train, transfer, demo: with --resume)", err=True)
         sys.exit(130)
 
 

@@ -20,18 +20,21 @@ PROMPTS = ("peft", "tokens")
 TOKENS = "tokens.json"
 
 
-def export_to_folder(model: str, output: str | Path, to: str, *, prompt: str | Path | None = None) -> dict[str, Any]:
+def export_to_folder(
+    model: str, output: str | Path, to: str, *, prompt: str | Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Write a packed model (`gptq`, `compressed-tensors`, `dense`) or a prompt of it (`peft`, `tokens`) to `output`.
 
-    Returns what was written, plain JSON. Raises CTPError for what the layout cannot hold; nothing is left then.
+    Returns what was written, plain JSON. Raises CTPError for what the layout cannot hold, and for an earlier export at
+    `output` without `overwrite`; nothing is changed then.
     """
     if to in LAYOUTS and prompt is None:
-        output = check_output(output, RECORD, model)
+        output = check_output(output, RECORD, model, fresh=not overwrite)
         net, tokenizer = load_stored(model)
         record = {"from": Path(model).name, "version": __version__}
         return export_model(net, output, to, tokenizer=tokenizer, record=record)
     if to in PROMPTS and prompt is not None:
-        output = check_output(output, CONFIG, prompt)
+        output = check_output(output, CONFIG, prompt, fresh=not overwrite)
         return (_to_peft if to == "peft" else _to_tokens)(model, SoftPrompt.load(prompt), output)
     if to in LAYOUTS:
         raise CTPError(
@@ -39,7 +42,7 @@ def export_to_folder(model: str, output: str | Path, to: str, *, prompt: str | P
         )
     if to in PROMPTS:
         raise CTPError(f"{to} is for a prompt: name its folder with --prompt")
-    raise CTPError(f"nothing is exported to {to!r}: choose {', '.join((*LAYOUTS, *PROMPTS))}")
+    raise CTPError(f"nothing is exported to {to!r}: choose {', '.join(LAYOUTS)}, or with --prompt {', '.join(PROMPTS)}")
 
 
 def _to_peft(model: str, prompt: SoftPrompt, output: Path) -> dict[str, Any]:

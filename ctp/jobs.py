@@ -41,6 +41,7 @@ def compress_to_folder(
     csv_path: Path | None = None,
     progress: bool = True,
     device: str = "cpu",
+    overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Compress a model (folder, hub or embedded name) into a packed folder; returns what the manifest records.
@@ -50,10 +51,11 @@ def compress_to_folder(
     table is `layers.csv` beside the weights (and at `csv_path`). `options` go to `compress_model`.
 
     What is not packed, and floating values of a format that names none, are stored in the checkpoint's own dtype,
-    however wide the solver calculates. Raises CTPError for a value that it cannot hold.
+    however wide the solver calculates. Raises CTPError for a value that it cannot hold, and where `output` holds a
+    model that `overwrite` does not allow to be replaced.
     """
     began = time.perf_counter()
-    output = check_output(output, MANIFEST, model)
+    output = check_output(output, MANIFEST, model, fresh=not overwrite)
     fmt = as_format(format)
     if method == "auto":
         method = "gptq" if fmt.pattern == "dense" else "sparsegpt"
@@ -114,7 +116,8 @@ def train_to_folder(
     The train split is learned from, the valid split chooses the checkpoint. `loss="kl"` distils from `teacher`, by
     default the dense model that the packed one was compressed from. `options` go to `train_prompt`.
     """
-    output = check_output(output, CONFIG, model)
+    resume, overwrite = options.get("resume", False), options.get("overwrite", False)
+    output = check_output(output, CONFIG, model, fresh=not (resume or overwrite))
     where = placement(device, dtype)
     net, tokenizer = load_model(model, **where)
     train = token_windows(data, tokenizer, length, split="train")

@@ -15,12 +15,15 @@ from typing import Any
 from .errors import CTPError
 
 
-def check_output(target: str | Path, marker: str | None = None, source: str | Path | None = None) -> Path:
+def check_output(
+    target: str | Path, marker: str | None = None, source: str | Path | None = None, *, fresh: bool = False
+) -> Path:
     """The folder that `target` names, through links, if it may be written or replaced as a whole; for long work, ask
     before it begins.
 
     Raises CTPError where it is a file; the current folder, or one above; a folder that is not empty and lacks the file
-    `marker`, so that somebody else's files would be lost; or holds what is being read, `source`.
+    `marker`, so that somebody else's files would be lost; or holds what is being read, `source`; or, where `fresh`,
+    holds an earlier result, which has its `marker`.
     """
     folder = Path(os.path.realpath(target))
     if folder.exists() and not folder.is_dir():
@@ -31,6 +34,8 @@ def check_output(target: str | Path, marker: str | None = None, source: str | Pa
         raise CTPError(f"{target} holds what is being read, {source}: choose another output")
     if marker is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise CTPError(f"{target} holds other files (and no {marker}), which would be lost: choose another output")
+    if fresh and marker is not None and (folder / marker).is_file():
+        raise CTPError(f"{target} holds an earlier result: choose another output, or replace it with --overwrite")
     return folder
 
 
@@ -51,8 +56,10 @@ def staged_folder(target: str | Path, marker: str | None = None) -> Iterator[Pat
         raise CTPError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     try:
         yield staging
+        readers = staging.stat().st_mode & 0o666
         for path in staging.rglob("*"):
             if path.is_file():
+                path.chmod(readers)  # safetensors writes for its owner alone
                 _fsync(path)
         if target.exists():
             old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")

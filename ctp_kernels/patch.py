@@ -99,6 +99,8 @@ def patch_model(
     Raises CTPError, before anything is changed, when nothing matched, a skip matches no layer, a weight holds
     NaN, a format does not fit a shape, or a named backend cannot run it.
     """
+    if not isinstance(model, nn.Module):
+        raise CTPError(f"patch_model takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, nn.Linear):
         raise CTPError("the model is one Linear, which cannot be replaced in place: PackedLinear(pack(weight, format))")
     asked = None if format == "auto" else as_format(format)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ctp.cli import app
 from ctp.model import EMBEDDED, load_model
+from ctp_kernels.backends import cpu
 from ctp_kernels.checkpoints import MANIFEST
 
 runner = CliRunner()
@@ -73,6 +74,7 @@ def test_generate_inspect_explain(folders):
     assert "8 tokens" in ctp("inspect", folders / "prompt")
     rows = folders / "explain.json"
     assert "forward" in ctp("explain", folders / "packed", "--json", rows)
+    assert f"forward, 16 rows: cpu: {cpu.isa()} kernels" in ctp("explain", folders / "packed", "--rows", "1,16")
     assert all(row["forward"] and row["seed"] == 0 for row in json.loads(rows.read_text()))
 
 
@@ -283,6 +285,25 @@ def test_a_damaged_packed_folder_is_refused(folders, tmp_path):
     assert "ctp_model.safetensors" in manifest["files"]
     (tmp_path / "packed" / "ctp_model.safetensors").write_bytes(b"\0" * 100)
     assert "truncated or altered" in ctp("evaluate", tmp_path / "packed", code=2)
+    assert "truncated or altered" in ctp("inspect", tmp_path / "packed", code=2)
+
+
+@needs_opt
+def test_an_earlier_model_is_replaced_only_on_demand(folders, tmp_path):
+    command = ("compress", OPT, "--method", "rtn", "-o", tmp_path / "packed", "--format")
+    ctp(*command, "int4")
+    before = (tmp_path / "packed" / MANIFEST).read_bytes()
+    assert "holds an earlier result" in ctp(*command, "int3", code=2)
+    assert (tmp_path / "packed" / MANIFEST).read_bytes() == before
+    ctp(*command, "int3", "--overwrite")
+    assert (tmp_path / "packed" / MANIFEST).read_bytes() != before
+    export = ("export", tmp_path / "packed", "--to", "gptq", "-o", tmp_path / "out")
+    ctp(*export)
+    assert "holds an earlier result" in ctp(*export, code=2)
+    ctp(*export, "--overwrite")
+    assert "holds an earlier result" in ctp(
+        "train", folders / "packed", "-o", folders / "prompt", "--tokens", 8, "--steps", 6, code=2
+    )
 
 
 def test_importing_touches_no_device_and_no_network():

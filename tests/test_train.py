@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ctp.data import Windows
 from ctp.evaluate import perplexity
@@ -174,8 +175,10 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("seconds", [60, -1])  # between states: by the evaluations alone, or at each step
 @pytest.mark.parametrize("at", [1, 6, 11])
-def test_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, at):
+def test_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, at, seconds):
+    monkeypatch.setattr(training, "KEEP_SECONDS", seconds)
     whole = train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, accumulation=2, out=tmp_path / "whole")
     steps = iter(range(100))
 
@@ -189,6 +192,9 @@ def test_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, at):
     with pytest.raises(Killed):
         train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, accumulation=2, out=tmp_path / "cut")
     assert not (tmp_path / "cut").exists() and (tmp_path / "cut.training" / "state.safetensors").exists()
+    kept = safe_open(tmp_path / "cut.training" / "state.safetensors", "pt").metadata()["state"]
+    every = SHORT["eval_every"] if seconds > 0 else 1
+    assert json.loads(kept)["step"] == at // every * every
     monkeypatch.setattr(training, "_accumulate", real)
     resumed = train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, accumulation=2, out=tmp_path / "cut", resume=True)
     names = ("step", "train_loss", "valid_perplexity", "lr", "grad_norm")
@@ -286,8 +292,26 @@ def test_damaged_state_is_refused_and_a_fresh_start_is_not(stopped):
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(CTPError, match="is damaged"):
         train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=stopped, resume=True)
-    train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=stopped)
+    train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=stopped, overwrite=True)
     assert stopped.is_dir() and not path.exists()
+
+
+def test_nothing_is_replaced_unasked(stopped):
+    """Neither the state of an unfinished run nor a finished prompt."""
+    path = stopped.with_name("p.training") / "state.safetensors"
+    state = path.read_bytes()
+    with pytest.raises(CTPError, match="holds an unfinished run: go on with --resume, or begin again with --overwrite"):
+        train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=stopped)
+    assert path.read_bytes() == state
+    train_prompt(small_model("opt"), TRAIN, VALID, **SHORT, out=stopped, resume=True)
+    weights = stopped / "adapter_model.safetensors"
+    prompt = weights.read_bytes()
+    assert weights.stat().st_mode & 0o777 == (stopped / "training.json").stat().st_mode & 0o777
+    with pytest.raises(CTPError, match="p holds an earlier result: choose another output, or replace it with --over"):
+        train_prompt(small_model("opt"), TRAIN, VALID, **{**SHORT, "seed": 1}, out=stopped)
+    assert weights.read_bytes() == prompt
+    train_prompt(small_model("opt"), TRAIN, VALID, **{**SHORT, "seed": 1}, out=stopped, overwrite=True)
+    assert weights.read_bytes() != prompt
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_state_kept(tmp_path, monkeypatch):
@@ -300,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_kept(tmp_path, monkeypat
 
     real = training._accumulate
     monkeypatch.setattr(training, "_accumulate", breaking)
-    with pytest.raises(CTPError, match=r"the loss is nan at step 5 .*state of step 4 is kept"):
+    with pytest.raises(CTPError, match=r"the loss is nan at step 5 .*an earlier state is kept"):
         train_prompt(model, TRAIN, VALID, **SHORT, out=tmp_path / "p")
     assert (tmp_path / "p.training" / "state.safetensors").exists() and not (tmp_path / "p").exists()
 

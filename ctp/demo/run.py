@@ -137,7 +137,7 @@ def _packed_row(
     info = compress_to_folder(
         settings["model"], folder / "model", format, sparsity=0.5 if sparsity is None else sparsity,
         calibration=settings["data"], samples=settings["calibration_windows"], length=settings["window"],
-        seed=settings["seed"],
+        seed=settings["seed"], overwrite=True,
     )  # fmt: skip
     packed, _ = load_model(str(folder / "model"))
     compressed = perplexity(packed, windows["test"])
@@ -175,7 +175,7 @@ def _train(
 ) -> tuple[SoftPrompt, float]:
     result = train_prompt(
         net, windows["train"], windows["valid"], tokens=settings["prompt_tokens"], steps=settings["steps"],
-        batch_size=settings["batch_size"], seed=settings["seed"], out=folder / "prompt",
+        batch_size=settings["batch_size"], seed=settings["seed"], out=folder / "prompt", overwrite=True,
     )  # fmt: skip
     return result.prompt, result.seconds
 

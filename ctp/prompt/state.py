@@ -34,13 +34,14 @@ class State:
     best_valid: float = math.inf
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)  # losses of the steps since the last of the history
 
 
 def save(state: State, settings: dict[str, Any], work: Path) -> None:
     """One file, put in place by a rename, so that a killed run leaves a whole state."""
     work.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(state, name).contiguous() for name in TENSORS}
-    plain = {"step": state.step, "best_valid": state.best_valid, "seconds": state.seconds, "history": state.history}
+    plain = {k: v for k, v in vars(state).items() if k not in TENSORS}
     temporary = work / (STATE + ".tmp")
     save_file(
         {k: v.clone() for k, v in tensors.items()},

@@ -27,12 +27,14 @@ from ctp_kernels.files import check_output, staged_folder, write_text
 from .curve import write_curve
 from .kv import check_context, prefix_of, prompted_logits
 from .soft import CONFIG, SoftPrompt, embedding_table, init_prompt
-from .state import LOG, State, finished, lines, resumed, save
+from .state import LOG, STATE, State, finished, lines, resumed, save
 
 CURVE = "curve.png"
 #: Gradients of a mean over thousands of tokens are multiplied by this on their way through an fp16 model: they would
 #: fall below its range. A power of two, divided out in fp32.
 FP16_SCALE = 1024.0
+#: A run that is cut off loses no more than this.
+KEEP_SECONDS = 60.0
 
 
 @dataclass
@@ -69,6 +71,7 @@ def train_prompt(
     base_model: str = "",
     teacher_model: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Train `tokens` embeddings in front of every window; the validation windows choose the checkpoint.
@@ -79,12 +82,14 @@ def train_prompt(
     `accumulation` times `batch_size` windows, as one large batch would. `patience` evaluations without a better
     validation perplexity end the run.
 
-    With `out`, the state is kept in `<out>.training` (and continued from there with `resume`, bit for bit on the
-    CPU); the prompt folder `out` appears when the run ends, with the log (JSONL) and the curve (PNG). `resume` where
-    there is no such state but a finished `out` of the same settings returns that. `base_model` and `teacher_model` are
-    names for the record.
+    With `out`, the state is kept in `<out>.training`, every minute at least (and continued from there with `resume`,
+    bit for bit on the CPU); the prompt folder `out` appears when the run ends, with the log (JSONL) and the curve
+    (PNG). `resume` where there is no such state but a finished `out` of the same settings returns that. `overwrite`
+    allows an earlier prompt at `out`, or an unfinished run, to be replaced. `base_model` and `teacher_model` are names
+    for the record.
 
-    Raises CTPError for settings that do not fit, a resumed run with other settings, and a loss that is not finite.
+    Raises CTPError for settings that do not fit, a resumed run with other settings, an earlier result that would be
+    lost, and a loss that is not finite.
     """
     _check(model, train, valid, tokens, loss, teacher, schedule, steps, lr, batch_size, accumulation, eval_every)
     device = next(model.parameters()).device
@@ -98,8 +103,10 @@ def train_prompt(
         "fingerprint": _fingerprint(model, train, valid),
         "teacher": _fingerprint(teacher) if teacher is not None and loss == "kl" else None,
     }  # fmt: skip
-    out = None if out is None else check_output(out, CONFIG)
+    out = None if out is None else check_output(out, CONFIG, fresh=not (resume or overwrite))
     work = None if out is None else out.with_name(out.name + ".training")
+    if work is not None and (work / STATE).exists() and not (resume or overwrite):
+        raise CTPError(f"{work} holds an unfinished run: go on with --resume, or begin again with --overwrite")
     state = resumed(work, settings) if resume and work is not None else None
     if resume and state is None and out is not None and (done := finished(out, settings)):
         prompt, history = done
@@ -122,25 +129,29 @@ def train_prompt(
             "exp_avg": state.exp_avg.to(device),
             "exp_avg_sq": state.exp_avg_sq.to(device),
         }
-    recent: list[float] = []
+
+    def keep() -> None:
+        """What the run has reached, also on disk."""
+        moments = optimizer.state.get(relative, {})
+        state.relative = relative.detach().cpu().clone()
+        state.exp_avg = moments.get("exp_avg", state.exp_avg).cpu()
+        state.exp_avg_sq = moments.get("exp_avg_sq", state.exp_avg_sq).cpu()
+        state.seconds = time.monotonic() - begun
+        if work is not None:
+            save(state, settings, work)
 
     def evaluate(rate: float, norm: float) -> None:
         prompt = SoftPrompt(relative.detach().cpu() * unit)
         ppl = perplexity(model, valid, prompt=prompt, batch_size=batch_size).perplexity
         if ppl < state.best_valid:
             state.best, state.best_valid = relative.detach().cpu().clone(), ppl
-        moments = optimizer.state.get(relative, {})
-        state.relative = relative.detach().cpu().clone()
-        state.exp_avg = moments.get("exp_avg", state.exp_avg).cpu()
-        state.exp_avg_sq = moments.get("exp_avg_sq", state.exp_avg_sq).cpu()
-        state.seconds = time.monotonic() - begun
         state.history.append({
-            "step": state.step, "train_loss": sum(recent) / len(recent) if recent else None,
-            "valid_perplexity": ppl, "lr": rate, "grad_norm": norm, "seconds": round(state.seconds, 2),
+            "step": state.step, "train_loss": sum(state.recent) / len(state.recent) if state.recent else None,
+            "valid_perplexity": ppl, "lr": rate, "grad_norm": norm, "seconds": round(time.monotonic() - begun, 2),
         })  # fmt: skip
-        recent.clear()
+        state.recent.clear()
+        keep()
         if work is not None:
-            save(state, settings, work)
             write_text(work / LOG, lines(state.history))
         if progress:
             print(_progress(state, steps, loss), flush=True)
@@ -154,16 +165,20 @@ def train_prompt(
         value = _accumulate(model, teacher, train, windows.split(batch_size), relative, unit, loss)
         norm = float(nn.utils.clip_grad_norm_([relative], clip))
         if not (math.isfinite(value) and math.isfinite(norm)):
-            kept = f"; the state of step {state.history[-1]['step']} is kept in {work}" if work is not None else ""
+            kept = f"; an earlier state is kept in {work}" if work is not None else ""
             what = "gradient is not finite" if math.isfinite(value) else f"loss is {value}"
             advice = "load the model in bf16 or fp32" if table.dtype == torch.float16 else "lower the learning rate"
             raise CTPError(f"the {what} at step {state.step} (lr {rate:.3g}): {advice}{kept}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        recent.append(value)
+        state.recent.append(value)
         if state.step % eval_every == 0 or state.step == steps:
             evaluate(rate, norm)
+        elif time.monotonic() - begun - state.seconds > KEEP_SECONDS:
+            keep()
+            if progress:
+                print(f"  step {state.step} of {steps}{_clock(state, steps)}", flush=True)
     _assert_frozen(model)
 
     info = {
@@ -313,7 +328,13 @@ def _fingerprint(model: nn.Module, *texts: Windows) -> str:
 
 def _progress(state: State, steps: int, loss: str) -> str:
     row = state.history[-1]
-    left = state.seconds / state.step * (steps - state.step) if state.step else None
     train_loss = "" if row["train_loss"] is None else f"{loss} {row['train_loss']:.4f}, "
-    clock = "" if left is None else f" ({state.seconds:.0f} s, about {left:.0f} s left)"
-    return f"  step {state.step} of {steps}: {train_loss}validation perplexity {row['valid_perplexity']:.3f}{clock}"
+    return (
+        f"  step {state.step} of {steps}: {train_loss}validation perplexity {row['valid_perplexity']:.3f}"
+        f"{_clock(state, steps)}"
+    )
+
+
+def _clock(state: State, steps: int) -> str:
+    left = state.seconds / state.step * (steps - state.step) if state.step else None
+    return "" if left is None else f" ({state.seconds:.0f} s, about {left:.0f} s left)"

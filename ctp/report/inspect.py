@@ -11,6 +11,7 @@ from ctp.prompt.soft import CONFIG
 from ctp_kernels import parse_format
 from ctp_kernels.checkpoints import MANIFEST, read_manifest
 from ctp_kernels.checkpoints.load import describe_foreign
+from ctp_kernels.checkpoints.manifest import check_sizes
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file() and (foreign := describe_foreign(folder)) is not None:
         return _foreign(folder, foreign)
     manifest = read_manifest(folder)
+    check_sizes(folder, manifest["files"])
     layers = manifest["layers"]
     formats = Counter(layer["format"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
@@ -27,8 +29,19 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     lines += [f"  {name:24} {count} layers   {_describe(name)}" for name, count in formats.items()]
     lines += [f"  {name:40} {tuple(layer['shape'])!s:16} {layer['format']}" for name, layer in layers.items()]
     lines += [f"  {name}: {entry['bytes']:,} bytes" for name, entry in manifest["files"].items()]
-    lines += [f"  {key}: {value}" for key, value in manifest["info"].items()]
+    lines += _facts(manifest["info"])
     return {"kind": "model", "weights": weights, **manifest, "text": "\n".join(lines)}
+
+
+def _facts(info: dict[str, Any], indent: str = "  ") -> list[str]:
+    """What a manifest records, a line each."""
+    lines = []
+    for key, value in info.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_facts(value, indent + "  ")]
+        elif value is not None:
+            lines.append(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")
+    return lines
 
 
 def _describe(name: str) -> str:
@@ -53,5 +66,5 @@ def _prompt(folder: Path) -> dict[str, Any]:
     prompt = SoftPrompt.load(folder)
     tokens, width = prompt.embeddings.shape
     lines = [f"soft prompt in {folder}: {tokens} tokens of width {width}"]
-    lines += [f"  {key}: {value}" for key, value in prompt.info.items() if key != "history"]
+    lines += _facts({key: value for key, value in prompt.info.items() if key != "history"})
     return {"kind": "prompt", "tokens": tokens, "width": width, "info": prompt.info, "text": "\n".join(lines)}

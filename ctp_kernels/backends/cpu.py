@@ -66,8 +66,13 @@ def unsupported(
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    """The instruction set in use: "amx", "avx512", "avx2" or "baseline"."""
     return _loaded().ctp_cpu_isa().decode()
+
+
+def describe(format: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int, direction: str) -> str:
+    """How so many rows run: by the processor's instructions; which kernel of theirs, the values of x decide, too."""
+    return f"{isa()} kernels, {torch.get_num_threads()} threads"
 
 
 def set_isa(name: str) -> None:

@@ -192,9 +192,8 @@ def _layer(name: str, described: dict, tensors: dict[str, torch.Tensor]) -> Laye
     return Layer(weight, tensors.pop(f"{name}.input_order", None))
 
 
-def _check_files(folder: Path, files: dict, weights: str) -> None:
-    if weights not in files:
-        raise CTPError(f"the manifest of {folder} does not list {weights}: the checkpoint is damaged")
+def check_sizes(folder: Path, files: dict) -> None:
+    """Raise CTPError where a file of the manifest is missing, or has another size."""
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -203,6 +202,14 @@ def _check_files(folder: Path, files: dict, weights: str) -> None:
             raise CTPError(
                 f"{path} has {path.stat().st_size} bytes, not {expected.get('bytes')}: it is truncated or altered"
             )
+
+
+def _check_files(folder: Path, files: dict, weights: str) -> None:
+    if weights not in files:
+        raise CTPError(f"the manifest of {folder} does not list {weights}: the checkpoint is damaged")
+    check_sizes(folder, files)
+    for name, expected in files.items():
+        path = folder / name
         if _sha256(path) != expected.get("sha256"):
             raise CTPError(f"{path} was altered after it was saved (its SHA-256 differs from the manifest's)")
 
