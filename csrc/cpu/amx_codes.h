@@ -267,9 +267,8 @@ inline bool in_code_tiles(const Job& job) {
   const bool unstructured = w.pattern == CTP_UNSTRUCTURED;
   if (!job.tiles || job.transposed || w.values < CTP_INT8 || segment_of(w) < 4 * W) return false;
   if (job.compute == CTP_INT8_ACTIVATIONS) return job.m > kInt8DotLimit;
-  return job.m >= (unstructured ? 5 : 3) && job.m <= (job.dtype == CTP_BF16                   ? 16
-                                                      : unstructured || job.dtype == CTP_FP16 ? 32
-                                                                                              : 64);
+  const int64_t most = job.dtype == CTP_FP32 ? 64 : job.dtype == CTP_FP16 ? 32 : unstructured ? 10 : 16;
+  return job.m >= (unstructured ? 5 : 3) && job.m <= most;
 }
 
 // Whether the product was done so.
