@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +48,7 @@ Dtype = Annotated[
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A typer command that answers bad input with one sentence and exit code 2."""
+    """A typer command that answers bad input with one sentence and exit code 2, Ctrl-C with what to do and 130."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -62,6 +61,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         except CTPError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            hint = "; with --resume it goes on" if "resume" in kwargs else ""
+            hint = "; the same command goes on" if function.__name__ == "compress" else hint
+            typer.echo(f"interrupted{hint}", err=True)
+            raise typer.Exit(130) from error
 
     return app.command()(run)
 
@@ -361,11 +365,7 @@ def _write(path: Path | None, result: Any) -> None:
 
 def main() -> None:
     """Entry point of the `ctp` console script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted; give the command again to go on (train, transfer, demo: with --resume)", err=True)
-        sys.exit(130)
+    app()
 
 
 if __name__ == "__main__":

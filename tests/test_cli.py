@@ -240,6 +240,19 @@ def test_numbers_out_of_range_are_named(command, option, tmp_path):
     assert "Invalid value" in output and option.split()[0] in output and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("command", "job", "said"), [
+    ("compress {} --format int4 -o x", "compress_to_folder", "interrupted; the same command goes on\n"),
+    ("train {} -o x", "train_to_folder", "interrupted; with --resume it goes on\n"),
+    ("explain {}", "explain_model", "interrupted\n"),
+])  # fmt: skip
+def test_ctrl_c_says_how_to_go_on(monkeypatch, command, job, said):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ctp.jobs.{job}", interrupted)
+    assert ctp(*command.format(OPT).split(), code=130) == said
+
+
 def test_every_command_takes_json_and_seed():
     for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
         assert {"--json", "--seed"} <= {name for option in command.params for name in option.opts}, command.name
