@@ -118,7 +118,7 @@ struct Tiling {
 };
 
 // Whether tiles serve this product, and rows of x are enough for them: where they crossed the other kernels at 4096 x
-// 4096 (Sapphire Rapids, one core of two threads).
+// 4096 (Sapphire Rapids, two threads).
 inline bool in_tiles(const Job& job, const Tiling& tiling) {
   const Weight& w = job.weight;
   if (!job.tiles || job.m < (tiling.parts == 1 ? 6 : job.transposed ? 16 : 12)) return false;
@@ -203,7 +203,7 @@ void forward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling,
         const int64_t end = least(least((k / group + 1) * group, k + kAmxDepth), r0 + length);
         if (tiling.scaled)
           for (int64_t i = 0; i < height; ++i) scales[i] = scale_of(w, n0 + i, k / group);
-        const int64_t steps = round_up(end - k, kAmxTile);
+        const int64_t steps = round_up(end - k, kAmxTile), ahead = few ? 0 : steps;
         for (int64_t t = 0; t < m; t += kAmxTile) {
           const float* columns = b + t * tiling.parts * (depth / 2) + k / 2 * kAmxTile;
           // What follows lies in L3 at best, and loads of tiles do not wait side by side: 512 rows of x take half the
@@ -211,7 +211,7 @@ void forward_tiles(const Job& job, const Decoder& decoder, const Tiling& tiling,
           const float* next = t + kAmxTile < m ? columns + kAmxTile * tiling.parts * (depth / 2)
                                                : b + end / kAmxTile * kAmxTile / 2 * kAmxTile;
           for (int64_t s = 0; s < strips; s += kAmxTile) {
-            for (int64_t i = steps * s / strips; !few && i < steps * (s + kAmxTile) / strips; ++i)
+            for (int64_t i = ahead * s / strips; i < ahead * (s + kAmxTile) / strips; ++i)
               for (int q = 0; q < tiling.parts; ++q)
                 __builtin_prefetch(next + q * (depth / 2) * kAmxTile + i * W, 0, 2);
             one_tile_block(m - t <= W, {a + s * lda + (k - r0), 0, lda, columns, depth / 2 * kAmxTile}, 1, tiling.parts,

@@ -259,8 +259,8 @@ void code_part(const Job& job, const Decoder& decoder, const Columns& x, const C
   }
 }
 
-// Whether tiles of bytes serve this product, and rows of x are as many as crossed the other kernels at 4096 x 4096 (one
-// core of two threads): no fewer, because tiles take as long for one column as for sixteen, and where a row has digits
+// Whether tiles of bytes serve this product, and rows of x are as many as crossed the other kernels at 4096 x 4096 (two
+// threads): no fewer, because tiles take as long for one column as for sixteen, and where a row has digits
 // no more, because it has fewer parts of bf16 (amx.h).
 inline bool in_code_tiles(const Job& job) {
   const Weight& w = job.weight;

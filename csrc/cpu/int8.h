@@ -105,9 +105,7 @@ int run_int8(const Job& job, const Decoder& decoder, int threads) {
   x.order = dot ? 1 : panel_order(w);
   x.fields_order = fields_of(w);
   const Shares shares(w.n, dot ? 4 : kTile, kShare, threads);
-  const int64_t across = shares.count, down = dot                ? 1
-                                              : across > threads ? 1
-                                                                 : least(threads / across, (job.m + 63) / 64);
+  const int64_t across = shares.count, down = dot ? 1 : shares.down(job.m);
   // One piece of memory, of the calling thread: rounded rows of x that all read, then every thread's own.
   const int64_t shared = round_up(job.m * (2 * x.padded + x.ldq / 2), 16);
   const int64_t own = round_up(dot ? int8_dot_floats(job, x) : int8_panel_floats(job, x), 16);

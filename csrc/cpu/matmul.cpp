@@ -345,12 +345,9 @@ int run(const Job& job, int threads) {
                       : dot            ? dot_part
                       : job.transposed ? backward_part
                                        : forward_part;
-  // Columns are shared out first; rows only where threads are left over, since each share of rows decodes again.
   const int64_t share = !job.transposed ? kShare : job.m <= kFew ? 4 * kShare : 2 * kShare;
   const Shares shares(job.columns(), dot ? 4 : kTile, share, threads);
-  const int64_t across = shares.count, down = dot                ? 1
-                                              : across > threads ? 1
-                                                                 : least(threads / across, (job.m + 63) / 64);
+  const int64_t across = shares.count, down = dot ? 1 : shares.down(job.m);
   int status = CTP_OK;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t p = 0; p < across * down; ++p) {

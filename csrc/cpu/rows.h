@@ -21,9 +21,10 @@ struct Part {
 // small part, for which it is little work to prepare x.
 constexpr int64_t kShare = 256, kSharesEach = 8;
 struct Shares {
-  int64_t columns, unit, units, large, threads, count;  // large: units that lie in large parts; count: of parts
+  int64_t columns, unit, units, large, all, threads, count;  // large: units that lie in large parts; count: of parts
   Shares(int64_t columns, int64_t unit, int64_t share, int all)
-      : columns(columns), unit(unit), units((columns + unit - 1) / unit), large(units), threads(least(all, units)) {
+      : columns(columns), unit(unit), units((columns + unit - 1) / unit), large(units), all(all) {
+    threads = least(all, units);
     const int64_t each = threads == 1 ? 0 : least(columns / 2 / share / threads, kSharesEach);
     if (each > 0) large = units / 2;
     count = threads * (1 + each);
@@ -35,6 +36,8 @@ struct Shares {
             unit,
         columns);
   }
+  // Into how many parts to share out rows: where threads are left over, since each share of rows decodes again.
+  int64_t down(int64_t rows) const { return count < all ? least(all / count, (rows + 63) / 64) : 1; }
 };
 
 inline int64_t size_of(int32_t dtype) { return dtype == CTP_FP32 ? 4 : 2; }

@@ -40,7 +40,7 @@ def _facts(info: dict[str, Any], indent: str = "  ") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{key}:", *_facts(value, indent + "  ")]
         elif value is not None:
-            lines.append(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")
+            lines.append(f"{indent}{key}: {f'{value:.6g}' if isinstance(value, float) else value}")
     return lines
 
 
